@@ -1,0 +1,46 @@
+"""Every error Moebius raises on purpose: one class per cause, all under :class:`MoebiusError`.
+
+A message says where, what was got, what was wanted and what to do next. The command line prints it as one line.
+"""
+
+
+class MoebiusError(Exception):
+    """Base of all errors that have a known cause. ``exit_code`` is what the command line returns for it."""
+
+    exit_code = 2
+
+
+class UnknownNameError(MoebiusError):
+    """A method, option, format or data set name that no table knows."""
+
+
+class RecipeError(MoebiusError):
+    """A recipe that contradicts itself or asks for something impossible, such as 0 bits."""
+
+
+class ModelNotFoundError(MoebiusError):
+    """No checkpoint at the path or name given."""
+
+
+class UnsupportedModelError(MoebiusError):
+    """A model without fused experts, or with experts that Moebius does not know how to read."""
+
+
+class CoverageError(MoebiusError):
+    """Expert parameters that should have been quantized were not."""
+
+
+class CheckpointError(MoebiusError):
+    """A checkpoint that is incomplete, truncated, of the wrong shape, or holds NaN or Inf."""
+
+
+class ShapeError(MoebiusError):
+    """A tensor of another shape than the packed format or the layer asks for."""
+
+
+class CalibrationError(MoebiusError):
+    """A calibration text that is missing, empty or too short."""
+
+
+class OutputError(MoebiusError):
+    """An output folder that is not empty or cannot be written, or a disk that is full."""

@@ -1,0 +1,113 @@
+"""The protocol of a packed batch of matrices, and the table of formats."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from moebius.errors import CheckpointError, ShapeError
+from moebius.table import Table
+
+FORMATS = Table(
+    "format",
+    {
+        "dense": "moebius.formats.dense:Dense",
+        "integers": "moebius.formats.integers:Integers",
+        "signs": "moebius.formats.signs:Signs",
+    },
+)
+
+
+@dataclass(frozen=True)
+class Packed(ABC):
+    """A batch of matrices of one shape in a packed format.
+
+    A subclass is a frozen dataclass whose tensor fields are what is stored and whose other fields (plain JSON values) are
+    what :meth:`spec` describes. Tensors keep the batch (the experts; 1 for a shared factor) as their first axis.
+    """
+
+    name: ClassVar[str]
+
+    batch: int
+    rows: int
+    columns: int
+
+    @abstractmethod
+    def unpack(self, index: Tensor | None = None) -> Tensor:
+        """The matrices as float32.
+
+        Args:
+            index: which of the batch, (chosen,) int64; None for all.
+
+        Returns:
+            (chosen, rows, columns).
+        """
+
+    @abstractmethod
+    def expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of every tensor, from the plain fields alone."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored, by name. Fields that are None are not stored."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {k: v for k, v in values.items() if isinstance(v, Tensor)}
+
+    def spec(self) -> dict[str, Any]:
+        """The plain fields and the format's name, ready for JSON."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {"format": self.name, **{k: v for k, v in values.items() if isinstance(v, (bool, int, float, str))}}
+
+    def stored_bits(self) -> int:
+        """Bits of all stored tensors, padding included: eight times the bytes they take in a file."""
+        return sum(8 * t.numel() * t.element_size() for t in self.tensors().values())
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def check(self, where: str) -> None:
+        """Refuse tensors that are missing, extra, of the wrong shape or dtype, or not finite.
+
+        Raises:
+            CheckpointError: naming the tensor, what it is and what it should be.
+        """
+        expected, got = self.expected(), self.tensors()
+        for name in expected.keys() - got.keys():
+            raise CheckpointError(f"{where}.{name}: missing from the checkpoint")
+        for name in got.keys() - expected.keys():
+            raise CheckpointError(f"{where}.{name}: not part of format {self.name!r} with {self.spec()}")
+        for name, (shape, dtype) in expected.items():
+            tensor = got[name]
+            if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+                raise CheckpointError(f"{where}.{name}: got {tuple(tensor.shape)} {tensor.dtype}, wanted {shape} {dtype}")
+            if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
+                raise CheckpointError(f"{where}.{name}: holds NaN or Inf; the file is damaged, fetch it again")
+
+
+def from_tensors(spec: dict[str, Any], tensors: dict[str, Tensor]) -> Packed:
+    """The packed object that :meth:`Packed.spec` and :meth:`Packed.tensors` came from. Tensors may be on the meta device.
+
+    Raises:
+        UnknownNameError: a format this version does not know.
+        ShapeError: a spec whose fields are not those of its format.
+    """
+    spec = dict(spec)
+    kind = FORMATS[spec.pop("format")]
+    known = {f.name for f in dataclasses.fields(kind)}
+    if unknown := (spec.keys() | tensors.keys()) - known:
+        raise ShapeError(
+            f"format {kind.name!r}: unknown fields {', '.join(sorted(unknown))}; wanted some of {', '.join(sorted(known))}"
+        )
+    return kind(**spec, **tensors)
+
+
+def empty_like_spec(spec: dict[str, Any], device: torch.device | str = "meta") -> Packed:
+    """A packed object of this spec with uninitialized tensors: the skeleton that a checkpoint is loaded into."""
+    blank = from_tensors(spec, {})
+    tensors = {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in blank.expected().items()}
+    return blank.replace(**tensors)

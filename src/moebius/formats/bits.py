@@ -1,0 +1,69 @@
+"""Small integers to bytes and back: the bit streams under every format.
+
+Values of ``bits`` bits follow each other from the lowest bit of the first byte upwards; each row (the last axis) starts on
+a byte of its own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moebius.errors import ShapeError
+
+
+def packed_width(columns: int, bits: int) -> int:
+    """Bytes that a row of ``columns`` values of ``bits`` bits takes."""
+    return (columns * bits + 7) // 8
+
+
+def pack(values: Tensor, bits: int) -> Tensor:
+    """Pack integers below ``2**bits`` along the last axis.
+
+    Args:
+        values: (..., columns), any integer or bool type, each value in ``[0, 2**bits)``.
+        bits: 1 to 8.
+
+    Returns:
+        uint8 (..., packed_width(columns, bits)).
+
+    Raises:
+        ShapeError: if a value does not fit.
+    """
+    columns = values.shape[-1]
+    values = values.to(torch.uint8)
+    if bits < 8 and values.numel() and int(values.max()) >> bits:
+        raise ShapeError(f"pack: got a value of {int(values.max())}, wanted less than 2**{bits}")
+    if bits == 8:
+        return values.contiguous()
+    shifts = torch.arange(bits, dtype=torch.uint8, device=values.device)
+    stream = ((values.unsqueeze(-1) >> shifts) & 1).flatten(-2)  # (..., columns * bits), lowest bit first
+    stream = torch.nn.functional.pad(stream, (0, packed_width(columns, bits) * 8 - columns * bits))
+    weights = 1 << torch.arange(8, dtype=torch.uint8, device=values.device)
+    return (stream.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
+
+
+def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """The inverse of :func:`pack`: uint8 (..., columns).
+
+    Raises:
+        ShapeError: if the bytes are not as many as ``columns`` values take.
+    """
+    if packed.shape[-1] != packed_width(columns, bits):
+        raise ShapeError(
+            f"unpack: got rows of {packed.shape[-1]} bytes, wanted {packed_width(columns, bits)} for {columns} values of {bits} bits"
+        )
+    if bits == 8:
+        return packed
+    if bits in (1, 2, 4):  # values do not straddle bytes
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+        return ((packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).flatten(-2)[..., :columns]
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    stream = ((packed.unsqueeze(-1) >> shifts) & 1).flatten(-2)[..., : columns * bits].unflatten(-1, (columns, bits))
+    weights = 1 << torch.arange(bits, dtype=torch.uint8, device=packed.device)
+    return (stream * weights).sum(-1, dtype=torch.uint8)
+
+
+def unpack_signs(packed: Tensor, columns: int) -> Tensor:
+    """Bits as signs: int8 (..., columns), +1 for a set bit and -1 for a clear one."""
+    return unpack(packed, 1, columns).to(torch.int8) * 2 - 1

@@ -1,0 +1,86 @@
+"""Integers of 1 to 8 bits with a scale, and a zero point if asked, for every group of columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moebius.formats.base import Packed
+from moebius.formats.bits import pack, packed_width, unpack
+
+
+@dataclass(frozen=True)
+class Integers(Packed):
+    """Codes ``q`` of ``bits`` bits.
+
+    With a zero point ``z`` (an integer of the same bits) an entry is ``scale · (q − z)``; without, the levels lie
+    symmetrically around zero: ``scale · (q − (2**bits − 1)/2)``, so that one bit means ``± scale/2``.
+
+    Attributes:
+        group_size: columns per group; the last group may be shorter.
+        zero_points: whether the format stores zero points.
+        codes: uint8 (batch, rows, packed_width(columns, bits)).
+        scales: float16 (batch, rows, groups).
+        zeros: uint8 (batch, rows, packed_width(groups, bits)), or None.
+    """
+
+    name = "integers"
+
+    bits: int = 8
+    group_size: int = 128
+    zero_points: bool = False
+    codes: Tensor | None = None
+    scales: Tensor | None = None
+    zeros: Tensor | None = None
+
+    @classmethod
+    def pack(cls, codes: Tensor, scales: Tensor, zeros: Tensor | None, *, bits: int, group_size: int) -> Integers:
+        """Pack integer codes.
+
+        Args:
+            codes: (batch, rows, columns), values in ``[0, 2**bits)``.
+            scales: (batch, rows, groups).
+            zeros: (batch, rows, groups) integers in ``[0, 2**bits)``, or None for symmetric levels.
+        """
+        batch, rows, columns = codes.shape
+        return cls(
+            batch,
+            rows,
+            columns,
+            bits,
+            group_size,
+            zeros is not None,
+            codes=pack(codes, bits),
+            scales=scales.to(torch.float16).contiguous(),
+            zeros=None if zeros is None else pack(zeros, bits),
+        )
+
+    @property
+    def groups(self) -> int:
+        """Groups per row."""
+        return -(-self.columns // self.group_size)
+
+    def unpack(self, index: Tensor | None = None) -> Tensor:
+        assert self.codes is not None and self.scales is not None
+        pick = slice(None) if index is None else index
+        values = unpack(self.codes[pick], self.bits, self.columns).float()
+        if self.zeros is None:
+            centre: Tensor | float = (2**self.bits - 1) / 2
+        else:
+            centre = self._spread(unpack(self.zeros[pick], self.bits, self.groups).float())
+        return (values - centre) * self._spread(self.scales[pick].float())
+
+    def _spread(self, per_group: Tensor) -> Tensor:
+        """(..., groups) to (..., columns)."""
+        return per_group.repeat_interleave(self.group_size, dim=-1)[..., : self.columns]
+
+    def expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "codes": ((self.batch, self.rows, packed_width(self.columns, self.bits)), torch.uint8),
+            "scales": ((self.batch, self.rows, self.groups), torch.float16),
+        }
+        if self.zero_points:
+            shapes["zeros"] = ((self.batch, self.rows, packed_width(self.groups, self.bits)), torch.uint8)
+        return shapes

@@ -1,0 +1,86 @@
+"""One projection of a MoE layer as it is stored: expert factors between two optional factors that all experts share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moebius.formats.base import Packed, empty_like_spec, from_tensors
+
+_PARTS = ("factor", "left", "right")
+
+
+@dataclass(frozen=True)
+class PackedProjection:
+    """``W_e = left · factor_e · right``.
+
+    ``right`` meets the hidden state once per token, before the experts; ``left`` is linear, so after ``down`` it is applied
+    once per token too, to the weighted sum over the experts.
+
+    Attributes:
+        factor: (experts, rows, columns).
+        left: shared, batch 1: (1, out, rows), or None.
+        right: shared, batch 1: (1, columns, in), or None.
+    """
+
+    factor: Packed
+    left: Packed | None = None
+    right: Packed | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(experts, out, in) of the matrices this stands for."""
+        out = self.factor.rows if self.left is None else self.left.rows
+        inputs = self.factor.columns if self.right is None else self.right.columns
+        return self.factor.batch, out, inputs
+
+    def unpack(self, index: Tensor | None = None) -> Tensor:
+        """The matrices ``W_e`` in float32, (chosen, out, in)."""
+        weight = self.factor.unpack(index)
+        if self.left is not None:
+            weight = self.left.unpack() @ weight
+        if self.right is not None:
+            weight = weight @ self.right.unpack()
+        return weight
+
+    def parts(self) -> dict[str, Packed]:
+        """The parts that are there, by name."""
+        return {name: part for name in _PARTS if (part := getattr(self, name)) is not None}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored: ``factor.signs``, ``left.codes`` and so on."""
+        return {f"{part}.{name}": t for part, packed in self.parts().items() for name, t in packed.tensors().items()}
+
+    def spec(self) -> dict[str, Any]:
+        """The description of each part, ready for JSON."""
+        return {part: packed.spec() for part, packed in self.parts().items()}
+
+    def stored_bits(self) -> int:
+        """Bits of all stored tensors."""
+        return sum(packed.stored_bits() for packed in self.parts().values())
+
+    def shared_bits(self) -> int:
+        """Bits of the shared factors alone."""
+        return self.stored_bits() - self.factor.stored_bits()
+
+    def check(self, where: str) -> None:
+        """See :meth:`Packed.check`."""
+        for part, packed in self.parts().items():
+            packed.check(f"{where}.{part}")
+
+
+def projection_from_tensors(spec: dict[str, Any], tensors: dict[str, Tensor]) -> PackedProjection:
+    """The projection that :meth:`PackedProjection.spec` and :meth:`PackedProjection.tensors` came from."""
+    parts = {}
+    for part, part_spec in spec.items():
+        mine = {name.removeprefix(f"{part}."): t for name, t in tensors.items() if name.startswith(f"{part}.")}
+        parts[part] = from_tensors(part_spec, mine)
+    return PackedProjection(**parts)
+
+
+def empty_projection(spec: dict[str, Any], device: torch.device | str = "meta") -> PackedProjection:
+    """A projection of this spec with uninitialized tensors."""
+    return PackedProjection(**{part: empty_like_spec(part_spec, device) for part, part_spec in spec.items()})

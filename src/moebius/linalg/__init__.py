@@ -1,0 +1,1 @@
+"""Damped Hessians, Gram eigenbases and null spaces, batched over experts."""
