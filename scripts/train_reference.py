@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812, its common name
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -34,7 +34,7 @@ END = "<|end|>"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=16, help="windows of 256 tokens per step")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--threads", type=int, default=1)
@@ -114,7 +114,7 @@ def build_model(vocabulary: int, end: int) -> OlmoeForCausalLM:
 def tiled_experts(
     self: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """All experts in two batched products over tiles of TILE tokens, each tile of one expert. hidden_states: (tokens, hidden)"""
+    """All experts in two batched products over tiles of tokens, each tile of one expert. hidden_states: (tokens, hidden)"""
     order = top_k_index.flatten().argsort(stable=True)  # assignments sorted by expert
     expert, token = top_k_index.flatten()[order], order // top_k_index.shape[1]
     counts = torch.bincount(expert, minlength=self.num_experts)
@@ -122,10 +122,13 @@ def tiled_experts(
     first_tile, first_row = tiles.cumsum(0) - tiles, counts.cumsum(0) - counts
     slot = first_tile[expert] * TILE + torch.arange(len(order)) - first_row[expert]
     tile_expert = torch.repeat_interleave(tiles)  # (tiles,)
+    # Rounding before picking keeps the backward of the pick in 16 bit as well.
+    kind = torch.bfloat16 if torch.is_autocast_enabled("cpu") else hidden_states.dtype
+    gate_up, down = (weight.to(kind)[tile_expert] for weight in (self.gate_up_proj, self.down_proj))
     padded = hidden_states.new_zeros(len(tile_expert) * TILE, hidden_states.shape[1])
     padded = padded.index_copy(0, slot, hidden_states.index_select(0, token)).view(-1, TILE, hidden_states.shape[1])
-    gate, up = torch.bmm(padded, self.gate_up_proj.bfloat16()[tile_expert].mT).chunk(2, dim=-1)  # each (tiles, TILE, inner)
-    out = torch.bmm(F.silu(gate) * up, self.down_proj.bfloat16()[tile_expert].mT).flatten(0, 1)
+    gate, up = torch.bmm(padded, gate_up.mT).chunk(2, dim=-1)  # each (tiles, TILE, inner)
+    out = torch.bmm(F.silu(gate) * up, down.mT).flatten(0, 1)
     weighted = out.index_select(0, slot) * top_k_weights.flatten()[order, None].to(out.dtype)
     return torch.zeros_like(hidden_states).index_add(0, token, weighted.to(hidden_states.dtype))
 

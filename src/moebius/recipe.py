@@ -174,3 +174,26 @@ def _parse(name: str, value: Any) -> Any:
 def _nearest(name: str, known: Any) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """Which tokens a run looks at.
+
+    Attributes:
+        text: ``"builtin"``, a path to a ``.txt`` or ``.jsonl`` file, or the name of a Hugging Face data set.
+        windows: how many windows of tokens.
+        window_length: tokens per window.
+        seed: which windows are drawn.
+        split: ``"train"`` or ``"held-out"``; of a single file, the held-out split is its last twentieth.
+    """
+
+    text: str = "builtin"
+    windows: int = 64
+    window_length: int = 256
+    seed: int = 0
+    split: str = "train"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return dataclasses.asdict(self)

@@ -7,10 +7,13 @@ output channels of ``gate_up`` is the checkpoint's own (concatenated or interlea
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 #: The two projections of an expert layer, in the order in which a token meets them.
 PROJECTIONS = ("gate_up", "down")
@@ -47,8 +50,9 @@ class ProjectionStats:
         mean: mean of ``x``, zero for an expert without tokens. (experts, in)
         second_moment: ``C = Σ x xᵀ``, the GPTQ Hessian up to a factor 2. (experts, in, in)
         weighted_moment: ``S_g = Σ s_g x xᵀ`` with ``s_g`` the mean of ``δ_j²`` over the channels ``j`` of group ``g``: the
-            GLAS Hessian (MoBiE Eq. 10). (experts, groups, in, in). ``δ`` is ``Aᵀδ`` where calibration was given a shared
-            left factor ``A`` for this projection. None if no gradient was asked for.
+            GLAS Hessian (MoBiE Eq. 10). (experts, groups, in, in). Channel ``j`` is in group ``j · groups // channels``.
+            ``δ`` is ``Aᵀδ`` where calibration was given a shared left factor ``A`` for this projection. None if no gradient
+            was asked for.
         fisher_diagonal: ``γ = Σ δ²``. (experts, out), or None.
         output_fisher: ``G = Σ δ δᵀ`` over all experts, only at ``down``. (out, out), or None.
         sensitivity: ``φ``, the mean of ``δ²`` over routed tokens and output channels of the layer; 0.0 without gradient.
@@ -65,7 +69,8 @@ class ProjectionStats:
     def to(self, device: torch.device | str) -> ProjectionStats:
         """The same statistics on another device."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return ProjectionStats(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()})
+        moved: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()}
+        return ProjectionStats(**moved)
 
 
 @dataclass(frozen=True)
@@ -85,3 +90,74 @@ class LayerStats:
     def projection(self, name: str) -> ProjectionStats:
         """``gate_up`` or ``down``."""
         return getattr(self, name)
+
+
+@dataclass(frozen=True)
+class ExpertsLayout:
+    """How one fused experts module keeps its matrices.
+
+    Attributes:
+        gate_up_name: parameter of the first projection, ``gate_up_proj``, or ``up_proj`` for experts without a gate.
+        down_name: parameter of the second projection.
+        is_transposed: parameters are (experts, in, out) instead of (experts, out, in).
+        is_concatenated: gate channels come first, then up channels; otherwise they alternate.
+        has_bias: each projection has a bias (experts, out), named like it with ``_bias`` appended.
+        has_gate: the first projection holds gate and up channels; otherwise up alone.
+        experts: number of routed experts.
+        hidden: inputs of the first and outputs of the second projection.
+        inner: outputs of one expert's ``up``, inputs of ``down``.
+    """
+
+    gate_up_name: str
+    down_name: str
+    is_transposed: bool
+    is_concatenated: bool
+    has_bias: bool
+    has_gate: bool
+    experts: int
+    hidden: int
+    inner: int
+
+    def weights(self, name: str, module: nn.Module) -> ExpertWeights:
+        """The matrices of the module as (experts, out, in), in its own dtype and without a copy, under the given name."""
+        gate_up, down = getattr(module, self.gate_up_name).detach(), getattr(module, self.down_name).detach()
+        if self.is_transposed:
+            gate_up, down = gate_up.mT, down.mT
+        return ExpertWeights(name=name, gate_up=gate_up, down=down)
+
+
+@dataclass(frozen=True)
+class MoeLayer:
+    """One fused experts module.
+
+    Attributes:
+        name: module path of the experts, such as ``model.layers.3.mlp.experts``.
+        router_name: module path of the router, whose ``weight`` is (experts, hidden). None if the model hides it elsewhere.
+        decoder_layer: index of the decoder layer it is part of.
+    """
+
+    name: str
+    experts: nn.Module
+    layout: ExpertsLayout
+    router_name: str | None
+    router: nn.Module | None
+    decoder_layer: int
+
+
+@dataclass(frozen=True)
+class MoeModel:
+    """A causal language model and what Moebius knows about it.
+
+    Attributes:
+        moe_layers: its fused experts, in forward order.
+        decoder: its decoder layers, found at module path ``decoder_name``.
+        shared_experts: module paths of the linear layers of experts that see every token.
+        dense_mlps: module paths of the linear layers of MLPs in decoder layers without experts.
+    """
+
+    model: PreTrainedModel
+    moe_layers: tuple[MoeLayer, ...]
+    decoder: nn.ModuleList
+    decoder_name: str
+    shared_experts: tuple[str, ...]
+    dense_mlps: tuple[str, ...]

@@ -13,10 +13,12 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
+import os
 import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -44,7 +46,8 @@ class Document:
     text: str
 
 
-def builtin_documents(split: str = "train") -> list[Document]:
+@cache
+def builtin_documents(split: str = "train") -> tuple[Document, ...]:
     """The documents of one split, in a fixed shuffled order.
 
     Args:
@@ -55,7 +58,7 @@ def builtin_documents(split: str = "train") -> list[Document]:
     """
     wanted = {"train": False, "held-out": True}[split]
     documents = [d for d in _all_documents() if is_held_out(d.name) is wanted]
-    return sorted(documents, key=lambda d: _digest(d.name))
+    return tuple(sorted(documents, key=lambda d: _digest(d.name)))
 
 
 def is_held_out(name: str) -> bool:
@@ -74,10 +77,20 @@ def _all_documents() -> Iterator[Document]:
         if text := _docstrings(module):
             yield Document(f"docstrings/{module}", text)
     root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).parts
-        if _SKIPPED_FOLDERS.isdisjoint(parts) and not any(p.startswith(_SKIPPED_PREFIXES) for p in parts):
-            yield Document("source/" + "/".join(parts), path.read_text(encoding="utf-8", errors="replace"))
+    for path in sorted(_source_files(root)):
+        name = "source/" + path.relative_to(root).as_posix()
+        yield Document(name, path.read_text(encoding="utf-8", errors="replace"))
+
+
+def _source_files(root: Path) -> Iterator[Path]:
+    """Walks only the folders that count: site-packages may hold forty thousand files."""
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = [name for name in subfolders if _is_wanted(name)]
+        yield from (Path(folder, name) for name in files if name.endswith(".py") and _is_wanted(name))
+
+
+def _is_wanted(name: str) -> bool:
+    return name not in _SKIPPED_FOLDERS and not name.startswith(_SKIPPED_PREFIXES)
 
 
 def _docstrings(module_name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -104,6 +105,13 @@ def from_tensors(spec: dict[str, Any], tensors: dict[str, Tensor]) -> Packed:
             f"format {kind.name!r}: unknown fields {', '.join(sorted(unknown))}; wanted some of {', '.join(sorted(known))}"
         )
     return kind(**spec, **tensors)
+
+
+def concatenate(parts: Sequence[Packed]) -> Packed:
+    """One packed batch of several that differ in their batch alone, in order."""
+    first = parts[0]
+    tensors = {name: torch.cat([part.tensors()[name] for part in parts]) for name in first.tensors()}
+    return first.replace(batch=sum(part.batch for part in parts), **tensors)
 
 
 def empty_like_spec(spec: dict[str, Any], device: torch.device | str = "meta") -> Packed:

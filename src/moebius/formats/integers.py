@@ -23,7 +23,8 @@ class Integers(Packed):
         zero_points: whether the format stores zero points.
         codes: uint8 (batch, rows, packed_width(columns, bits)).
         scales: float16 (batch, rows, groups).
-        zeros: uint8 (batch, rows, packed_width(groups, bits)), or None.
+        zeros: uint8 (batch, packed_width(rows * groups, bits)), or None. One stream per matrix: a byte for each row would
+            cost as much as a zero point of its own where a row has few groups.
     """
 
     name = "integers"
@@ -54,7 +55,7 @@ class Integers(Packed):
             zeros is not None,
             codes=pack(codes, bits),
             scales=scales.to(torch.float16).contiguous(),
-            zeros=None if zeros is None else pack(zeros, bits),
+            zeros=None if zeros is None else pack(zeros.flatten(1), bits),
         )
 
     @property
@@ -69,7 +70,8 @@ class Integers(Packed):
         if self.zeros is None:
             centre: Tensor | float = (2**self.bits - 1) / 2
         else:
-            centre = self._spread(unpack(self.zeros[pick], self.bits, self.groups).float())
+            zeros = unpack(self.zeros[pick], self.bits, self.rows * self.groups).float()
+            centre = self._spread(zeros.view(-1, self.rows, self.groups))
         return (values - centre) * self._spread(self.scales[pick].float())
 
     def _spread(self, per_group: Tensor) -> Tensor:
@@ -82,5 +84,5 @@ class Integers(Packed):
             "scales": ((self.batch, self.rows, self.groups), torch.float16),
         }
         if self.zero_points:
-            shapes["zeros"] = ((self.batch, self.rows, packed_width(self.groups, self.bits)), torch.uint8)
+            shapes["zeros"] = ((self.batch, packed_width(self.rows * self.groups, self.bits)), torch.uint8)
         return shapes

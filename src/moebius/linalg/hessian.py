@@ -6,30 +6,38 @@ import torch
 from torch import Tensor
 
 
-def conditioned(moments: Tensor, *, lean: float, damping: float) -> Tensor:
+def layer_mean(moments: Tensor) -> Tensor:
+    """Mean over the experts in float64, one expert at a time so that no float64 copy of all is needed."""
+    total = torch.zeros_like(moments[0], dtype=torch.float64)
+    for moment in moments:
+        total += moment
+    return total / len(moments)
+
+
+def conditioned(moments: Tensor, *, lean: float, damping: float, layer: Tensor | None = None) -> Tensor:
     """Hessians of experts that may have seen few tokens, made positive definite.
 
     An expert seen by fewer tokens than it has inputs has a singular Hessian, and one seen by none has nothing at all. Each
     is therefore mixed with the mean over the experts of the layer, ``H_e + ρ · scale · H_layer``, and damped on its diagonal.
 
     Args:
-        moments: (experts, in, in) sums of outer products.
+        moments: (experts, ..., in, in) sums of outer products.
         lean: ρ, relative to the mean trace of the layer's experts.
-        damping: share of each Hessian's mean diagonal added to its diagonal.
+        damping: share of each Hessian's mean diagonal added to its diagonal; at least 1e-4.
+        layer: (..., in, in) mean over all experts of the layer, where ``moments`` holds some of them only.
 
     Returns:
-        float64 (experts, in, in). A layer that saw no token at all gets identities.
+        float64 like ``moments``. Identities where the layer saw no token at all, or no gradient.
     """
-    moments = moments.double()
-    layer = moments.mean(0)
-    inputs = moments.shape[-1]
-    layer_diagonal = layer.diagonal().mean()
-    if layer_diagonal <= 0:
-        return torch.eye(inputs, dtype=torch.float64, device=moments.device).expand_as(moments).clone()
-    hessians = moments + lean * layer
-    diagonal = hessians.diagonal(dim1=1, dim2=2)
-    diagonal += (damping * diagonal.mean(1, keepdim=True)).clamp_min(1e-10 * layer_diagonal)
-    return hessians
+    layer = (layer_mean(moments) if layer is None else layer.double()).unsqueeze(0)
+    hessians = moments.double() + lean * layer
+    layer_diagonal = layer.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)  # (1, ..., 1)
+    diagonal = hessians.diagonal(dim1=-2, dim2=-1)
+    # Moments are gathered in float32: with less damping than this their rounding errors can make a Hessian indefinite.
+    damping = max(damping, 1e-4)
+    diagonal += torch.maximum(damping * diagonal.mean(-1, keepdim=True), 1e-10 * layer_diagonal)
+    seen = (layer_diagonal > 0).unsqueeze(-1)
+    return torch.where(seen, hessians, torch.eye(hessians.shape[-1], dtype=torch.float64, device=hessians.device))
 
 
 def inverse_diagonal(hessians: Tensor) -> Tensor:

@@ -1,0 +1,37 @@
+# Two commands matter: `make demo` and `make test`. Both work on a fresh clone with Python 3.11 or later and a C++ compiler.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test check style bench clean
+
+demo: $(READY)  ## the reference model from 16 bit to one, with a table, a figure and what each model writes
+	rm -rf demo
+	$(BIN)/moebius compare --preset demo --samples 3 --out demo
+
+test: $(READY)  ## every test, in parallel
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 10
+
+check: $(READY)  ## linter, formatter and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+style: $(READY)  ## what `check` would complain about, mended where a tool can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)  ## seconds and peak memory of calibration and of every method
+	$(BIN)/python benchmarks/quantize.py
+
+clean:
+	rm -rf $(VENV) build demo
+
+# torch first and by its pin: pip then takes the build at hand instead of resolving a newer one for another package.
+$(READY): pyproject.toml constraints.txt
+	@echo "setting up $(VENV) (once, a minute or two)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt torch
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@

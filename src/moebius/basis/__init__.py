@@ -1,0 +1,1 @@
+"""Bases that the experts of a layer share."""

@@ -1,0 +1,282 @@
+"""Windows of tokens to calibrate on: from the built-in text, a file, or a Hugging Face data set."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moebius.calibrate.builtin_text import builtin_documents
+from moebius.errors import CalibrationError, UnknownNameError
+from moebius.recipe import CalibrationSettings
+
+# Windows are drawn from this many times the tokens that are wanted, so that the seed matters and no two seeds take
+# neighbouring text, while 64 windows of a text of gigabytes need a few hundred kilobytes of it.
+_POOL = 8
+# Characters per token-to-be of a window that one visit to a document takes: about 16 windows of English.
+_PIECE_CHARACTERS = 64
+_HELD_OUT_SHARE = 20  # one part in twenty of a text that has no split of its own
+
+
+@dataclass(frozen=True)
+class HubText:
+    """A data set on the hub: what ``datasets.load_dataset`` is given, and how its rows become text.
+
+    Attributes:
+        arguments: of ``load_dataset`` after the path.
+        column: the column that holds text; None: ``text``, or the only column of strings.
+        separator: joins neighbouring rows into one text where a row is a line and not a document; None keeps rows apart.
+    """
+
+    path: str
+    arguments: dict[str, Any]
+    column: str | None = None
+    separator: str | None = None
+
+
+#: Short names of the data sets that the papers calibrate on.
+HUB_TEXTS = {
+    "wikitext2": HubText("Salesforce/wikitext", {"name": "wikitext-2-raw-v1"}, "text", separator="\n"),
+    # One shard of 1,024 is 356,000 documents, far more than calibration ever reads.
+    "c4": HubText(
+        "allenai/c4",
+        {
+            "data_files": {
+                "train": "en/c4-train.00000-of-01024.json.gz",
+                "validation": "en/c4-validation.00000-of-00008.json.gz",
+            }
+        },
+        "text",
+    ),
+    # The data set itself is a script, which `datasets` no longer runs; the hub keeps its rows as parquet on a branch.
+    "ptb": HubText(
+        "ptb-text-only/ptb_text_only",
+        {
+            "revision": "refs/convert/parquet",
+            "data_files": {split: f"penn_treebank/{split}/*.parquet" for split in ("train", "validation", "test")},
+        },
+        "sentence",
+        separator="\n",
+    ),
+}
+
+
+def calibration_windows(settings: CalibrationSettings, tokenizer: Any) -> Tensor:
+    """Distinct windows of tokens, drawn by seed from a text.
+
+    Documents are visited in an order drawn by seed, a piece of each at a time, until eight times the wanted tokens are
+    there or the text is used up. They are joined with the tokenizer's end-of-text token between them, cut into windows that
+    do not overlap, and the seed draws the windows. Long texts are never tokenized as a whole.
+
+    Args:
+        settings: ``text`` is ``builtin``, a path to a ``.txt`` or ``.jsonl`` file (a ``text`` field per line), a folder that
+            Hugging Face ``datasets`` can read, a short name (``wikitext2``, ``c4``, ``ptb``), or ``owner/name`` on the hub.
+            ``split``: the built-in text and data sets have their own; of others, ``held-out`` is the last twentieth.
+        tokenizer: of the model, from transformers.
+
+    Returns:
+        (windows, window_length) int64.
+
+    Raises:
+        CalibrationError: no such file, a file that cannot be read, or fewer tokens than wanted.
+        UnknownNameError: a name that is neither a file nor a data set.
+    """
+    if settings.windows < 1 or settings.window_length < 2:
+        raise CalibrationError(
+            f"calibration wants {settings.windows} windows of {settings.window_length} tokens; at least 1 window of 2 is needed"
+        )
+    documents = _open_text(settings)
+    generator = torch.Generator().manual_seed(settings.seed)
+    wanted = settings.windows * settings.window_length
+    tokens = _pool(documents, tokenizer, generator, _POOL * wanted, _PIECE_CHARACTERS * settings.window_length)
+    if len(tokens) < wanted:
+        raise CalibrationError(
+            f"calibration text {settings.text!r} ({settings.split}): found {len(tokens)} tokens, wanted {wanted} "
+            f"({settings.windows} windows of {settings.window_length}); give a longer text, or ask for fewer or shorter windows"
+        )
+    slots = len(tokens) // settings.window_length
+    pool = torch.tensor(tokens[: slots * settings.window_length]).view(slots, settings.window_length)
+    return pool[torch.randperm(slots, generator=generator)[: settings.windows]]
+
+
+def windows_digest(windows: Tensor) -> str:
+    """SHA-256 of the token ids of windows, the same on every machine."""
+    return hashlib.sha256(windows.cpu().contiguous().numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def _pool(documents: Documents, tokenizer: Any, generator: torch.Generator, enough: int, piece: int) -> list[int]:
+    """Tokens of documents in seeded order, at most ``piece`` characters of each per round, until there are enough."""
+    order = torch.randperm(documents.count, generator=generator).tolist()
+    start = int(torch.randint(1 << 30, (), generator=generator))
+    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    tokens: list[int] = []
+    unfinished = order
+    for turn in itertools.count():
+        remaining = []
+        for index in unfinished:
+            text = documents.read(index)
+            pieces = -(-len(text) // piece)
+            if turn < pieces:
+                # Not always the beginning: documents tend to begin alike, with titles and licences.
+                at = (start + turn) % pieces * piece
+                ids = tokenizer(text[at : at + piece], add_special_tokens=False, verbose=False)["input_ids"]
+                tokens += separator + ids if tokens else ids
+                if len(tokens) >= enough:
+                    return tokens
+            if turn + 1 < pieces:
+                remaining.append(index)
+        if not remaining:
+            break
+        unfinished = remaining
+    return tokens
+
+
+def _open_text(settings: CalibrationSettings) -> Documents:
+    """The documents of one split of a text, read when asked for."""
+    if settings.split not in ("train", "held-out"):
+        raise CalibrationError(f"calibration split: got {settings.split!r}, wanted 'train' or 'held-out'")
+    held_out = settings.split == "held-out"
+    text = settings.text
+    if text == "builtin":
+        builtin = builtin_documents(settings.split)
+        return Documents(len(builtin), lambda index: builtin[index].text)
+    path = Path(text).expanduser()
+    if path.is_dir() or text in HUB_TEXTS or (text.count("/") == 1 and not path.exists() and not path.suffix):
+        source = HUB_TEXTS.get(text, HubText(str(path) if path.is_dir() else text, {}))
+        return _data_set(source, held_out, _PIECE_CHARACTERS * settings.window_length)
+    if path.suffix in (".txt", ".jsonl"):
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise CalibrationError(f"calibration text {text}: {error.strerror}; give a file that exists") from error
+        return _json_lines(path, held_out) if path.suffix == ".jsonl" else _text_file(path, size, held_out)
+    if path.exists():
+        raise CalibrationError(f"calibration text {text}: got a {path.suffix or 'nameless'} file, wanted .txt or .jsonl")
+    names = ", ".join(["builtin", *HUB_TEXTS])
+    raise UnknownNameError(
+        f"no calibration text named {text!r}; known: {names}, a .txt or .jsonl file, or owner/name of a data set on the hub"
+    )
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Documents that are read one at a time, by their number."""
+
+    count: int
+    read: Callable[[int], str]
+
+
+def _share(count: int, held_out: bool) -> range:
+    """The first 95 % of ``count`` things, or the rest of them."""
+    cut = count - count // _HELD_OUT_SHARE
+    return range(cut, count) if held_out else range(cut)
+
+
+def _text_file(path: Path, size: int, held_out: bool) -> Documents:
+    """A text file as documents of 64 KiB, so that a huge one need not be read as a whole."""
+    share = _share(size, held_out)
+    chunk = 1 << 16
+
+    def read(index: int) -> str:
+        start = share.start + index * chunk
+        with path.open("rb") as file:
+            file.seek(start)
+            # A character cut in two by the border of a chunk is dropped.
+            return file.read(min(chunk, share.stop - start)).decode("utf-8", errors="ignore")
+
+    return Documents(-(-len(share) // chunk), read)
+
+
+def _json_lines(path: Path, held_out: bool) -> Documents:
+    """A JSON-lines file; only the offsets of its lines are kept."""
+    offsets, offset = [], 0
+    with path.open("rb") as file:
+        for line in file:
+            if line.strip():
+                offsets.append(offset)
+            offset += len(line)
+    share = _share(len(offsets), held_out)
+
+    def read(index: int) -> str:
+        number = share[index]
+        with path.open("rb") as file:
+            file.seek(offsets[number])
+            line = file.readline()
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CalibrationError(
+                f"calibration text {path}: line {number + 1} that is not empty is not a JSON object with a 'text' field"
+            ) from error
+        if not isinstance(text, str):
+            raise CalibrationError(f"calibration text {path}: 'text' of line {number + 1} is no string")
+        return text
+
+    return Documents(len(share), read)
+
+
+def _data_set(source: HubText, held_out: bool, piece: int) -> Documents:
+    """A data set of Hugging Face, from the hub or a local folder."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise CalibrationError(
+            f"calibration text {source.path!r} is a data set: install the package that reads them, pip install 'moebius[data]'"
+        ) from error
+    folder = Path(source.path)
+    try:
+        if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+            loaded = datasets.load_from_disk(source.path)
+        else:
+            loaded = datasets.load_dataset(source.path, **source.arguments)
+    except Exception as error:  # `datasets` passes on whatever the hub, the network or a file format raised
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CalibrationError(
+            f"calibration text {source.path!r}: cannot load this data set ({reason}); give a .txt or .jsonl file instead"
+        ) from error
+    splits = loaded if isinstance(loaded, dict) else {"train": loaded}
+    rows, share = _split(splits, held_out, source.path)
+    column = source.column or _text_column(rows, source.path)
+    if source.separator is None:
+        return Documents(len(share), lambda index: rows[share[index]][column] or "")
+
+    # Rows that are lines: neighbours make one text of about one piece.
+    sample = rows[share.start : min(share.start + 256, share.stop)][column]
+    per_text = max(1, piece * len(sample) // max(1, sum(map(len, sample))))
+    separator = source.separator
+
+    def read(index: int) -> str:
+        start = share.start + index * per_text
+        return separator.join(rows[start : min(start + per_text, share.stop)][column])
+
+    return Documents(-(-len(share) // per_text), read)
+
+
+def _split(splits: dict[str, Any], held_out: bool, path: str) -> tuple[Any, range]:
+    """The rows of a split, and which of them: a data set without a test split holds out the end of its train split."""
+    own = next((name for name in ("test", "validation") if name in splits), None)
+    if held_out and own:
+        return splits[own], range(len(splits[own]))
+    if "train" not in splits:
+        raise CalibrationError(f"calibration text {path!r}: no split named 'train'; it has: {', '.join(splits)}")
+    rows = splits["train"]
+    return rows, range(len(rows)) if own else _share(len(rows), held_out)
+
+
+def _text_column(rows: Any, path: str) -> str:
+    strings = [name for name, feature in rows.features.items() if getattr(feature, "dtype", None) in ("string", "large_string")]
+    if "text" in strings:
+        return "text"
+    if len(strings) != 1:
+        raise CalibrationError(
+            f"calibration text {path!r}: no column named 'text', and {len(strings)} columns of strings ({', '.join(strings)}); "
+            "write the text you mean to a .jsonl file"
+        )
+    return strings[0]

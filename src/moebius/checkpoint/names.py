@@ -1,0 +1,65 @@
+"""Which tensors of a checkpoint stand for which parameters of the model.
+
+Checkpoints on the hub mostly keep one tensor per expert; transformers fuses them while loading. Its own conversion tables
+are asked here, so that every architecture it loads is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+from moebius.checkpoint.reader import SourceCheckpoint
+from moebius.errors import CheckpointError, UnsupportedModelError
+
+
+def expert_tensor_names(checkpoint: SourceCheckpoint, model: PreTrainedModel, modules: Collection[str]) -> set[str]:
+    """The checkpoint tensors that a packed checkpoint leaves out, because packed ones stand for them.
+
+    Args:
+        checkpoint: the source.
+        model: its model; the meta device is enough.
+        modules: what is packed: parameters such as ``model.layers.0.mlp.experts.gate_up_proj``, and modules such as
+            ``model.layers.0.mlp.gate`` whose ``weight`` is packed.
+
+    Raises:
+        CheckpointError: a parameter for which the checkpoint has no tensor.
+        UnsupportedModelError: a checkpoint tensor that holds both parameters that are packed and others that are not.
+    """
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    packed = {name if name in parameters else f"{name}.weight" for name in modules}
+    standing: dict[str, set[str]] = {}
+    for source, targets in parameters_of(checkpoint.names(), model).items():
+        if hit := targets & packed:
+            if others := targets - packed:
+                raise UnsupportedModelError(f"{source}: holds {min(hit)}, which is packed, and {min(others)}, which is not")
+            standing[source] = hit
+    for name in sorted(packed):
+        if not any(name in targets for targets in standing.values()):
+            raise CheckpointError(f"{checkpoint.folder}: no tensor of it stands for {name}; is it a checkpoint of this model?")
+    return set(standing)
+
+
+def parameters_of(names: Collection[str], model: PreTrainedModel) -> dict[str, set[str]]:
+    """Checkpoint names to the parameters and buffers they are loaded into; names that the model ignores are left out."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    of_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    state = model.state_dict()
+    found = {}
+    # The order, and the second try without renaming, are those of transformers' loader: some renamings keep state.
+    for name in sorted(names, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if target not in state and name in state:
+            target, pattern = rename_source_key(name, [], [], model.base_model_prefix, state)
+        targets = {target}
+        if pattern is not None:
+            first, *others = of_pattern[pattern].target_patterns
+            targets |= {target.replace(first, other) for other in others}
+        if known := targets & state.keys():
+            found[name] = known
+    return found

@@ -1,0 +1,166 @@
+"""``moebius compare``: several recipes on one model, one table, one figure."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from moebius.cli.options import (
+    AsJson,
+    Calibration,
+    Device,
+    Model,
+    Quiet,
+    Seed,
+    WindowLength,
+    Windows,
+    calibration_from,
+    display_name,
+    model_or_reference,
+    recipe_from_text,
+    require_device,
+    require_free,
+)
+from moebius.cli.output import note, print_json, print_tables, progress_bars
+from moebius.errors import RecipeError
+from moebius.recipe import CalibrationSettings, Recipe
+from moebius.report.comparison import ComparisonRow, comparison_table, samples_markdown
+from moebius.report.tables import TextTable
+
+#: Label and recipe of every row of a preset, in the order of the table.
+PRESETS = {
+    "demo": [(text, text) for text in ("rtn@1", "gptq@2", "mobie", "mobie gain=true")],
+    # Table 4 of MoBiE: which of its three parts buys what.
+    "ablation": [
+        (label, f"mobie cejd={cejd} glas={glas} nges={nges}")
+        for label, cejd, glas, nges in (
+            ("none", "false", "false", "false"),
+            ("CEJD", "true", "false", "false"),
+            ("GLAS", "false", "true", "false"),
+            ("NGES", "false", "false", "true"),
+            ("CEJD + GLAS", "true", "true", "false"),
+            ("CEJD + GLAS + NGES", "true", "true", "true"),
+        )
+    ],
+}
+
+EXAMPLES = """[bold]Examples[/bold]
+
+moebius compare --preset demo --samples 3 --out demo
+
+moebius compare --preset ablation
+
+moebius compare ./model --recipe "mobie gain=true" --recipe "rtn@1 gain=true" --calibration wikitext2 --text wikitext2
+
+[bold]Presets[/bold]
+
+demo: rtn at 1 bit, gptq at 2 bit, mobie, mobie with gain
+
+ablation: mobie with and without CEJD, GLAS and NGES, the six combinations of the paper's Table 4"""
+
+_RECIPE_HELP = 'METHOD or METHOD@BITS, followed by KEY=VALUE words, such as "rtn@1 gain=true". May be repeated.'
+
+
+def compare(
+    model: Model = None,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option("--recipe", "-r", metavar="RECIPE", help=_RECIPE_HELP, show_default=False),
+    ] = None,
+    preset: Annotated[
+        Literal["demo", "ablation"] | None,
+        typer.Option(help="Recipes that go together. Without --recipe: demo.", show_default=False),
+    ] = None,
+    calibration: Calibration = CalibrationSettings.text,
+    windows: Windows = CalibrationSettings.windows,
+    window_length: WindowLength = CalibrationSettings.window_length,
+    seed: Seed = CalibrationSettings.seed,
+    text: Annotated[str, typer.Option("--text", "-t", help="Held-out text to evaluate on; see moebius evaluate.")] = "builtin",
+    text_windows: Annotated[int, typer.Option(min=1, help="Windows of held-out tokens.")] = 64,
+    samples: Annotated[int, typer.Option(min=0, max=3, help="Completions per model.")] = 0,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")] = Path("moebius-comparison"),
+    device: Device = "cpu",
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize a model with several recipes and set the results against each other and the original.
+
+    Every row is measured on the packed checkpoint as transformers loads it, on held-out windows. The output folder gets
+    results.json, comparison.md, comparison.png and the packed checkpoints.
+    """
+    recipes = chosen_recipes(recipe or [], preset)
+    settings = calibration_from(calibration, windows, window_length, seed)
+    held_out = calibration_from(text, text_windows, window_length, seed, split="held-out")
+    source = model_or_reference(model)
+    require_free(out)
+
+    from moebius.cli.comparison_run import Comparison, WorkFolder, folder_name, run_comparison
+    from moebius.evaluate.samples import PROMPTS
+
+    require_device(device)
+    comparison = Comparison(source, recipes, settings, held_out, PROMPTS[:samples], device)
+    work = WorkFolder(out, {"source": source, **comparison.to_dict()})
+    with progress_bars(hidden=quiet) as progress:
+        rows = run_comparison(comparison, work, progress)
+    comment = (
+        f"{held_out.windows * (held_out.window_length - 1):,} held-out tokens of {held_out.text!r};"
+        f" calibration on {settings.windows} windows of {settings.window_length} of {settings.text!r}"
+    )
+    table = comparison_table(rows, title=display_name(model), note=comment)
+    results = {
+        "model": display_name(model),
+        **comparison.to_dict(),
+        "rows": [{**row.to_dict(), "folder": None if row.recipe is None else folder_name(row.label)} for row in rows],
+    }
+    _write(work.folder, results, table, rows, comparison.prompts)
+    work.finish()
+    if as_json:
+        print_json(results)
+        return
+    print_tables(table, *_sample_tables(rows, comparison.prompts))
+    note(f"written to {out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
+
+
+def chosen_recipes(texts: list[str], preset: str | None) -> dict[str, Recipe]:
+    """Label to recipe, of the preset first.
+
+    Raises:
+        RecipeError: two recipes with one label.
+    """
+    presets = PRESETS[preset or "demo"] if preset or not texts else []
+    recipes: dict[str, Recipe] = {}
+    for label, text in [*presets, *((" ".join(text.split()), text) for text in texts)]:
+        if label in recipes:
+            raise RecipeError(f"recipe {label!r}: got it twice, wanted every recipe once")
+        recipes[label] = recipe_from_text(text)
+    return recipes
+
+
+def _write(
+    folder: Path, results: dict[str, Any], table: TextTable, rows: list[ComparisonRow], prompts: tuple[str, ...]
+) -> None:
+    """results.json, comparison.md and, where matplotlib is installed, comparison.png."""
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    samples = f"\n{samples_markdown(rows, prompts)}" if prompts else ""
+    (folder / "comparison.md").write_text(f"{table.markdown()}\n{table.note}\n{samples}")
+    if find_spec("matplotlib") is None:
+        note("no figure: matplotlib is not installed; pip install 'moebius[plots]'")
+        return
+
+    from moebius.report.figures import comparison_figure
+
+    comparison_figure(rows, folder / "comparison.png")
+
+
+def _sample_tables(rows: list[ComparisonRow], prompts: tuple[str, ...]) -> list[TextTable]:
+    """For every prompt, what each model wrote after it."""
+    return [
+        TextTable(
+            f"After {prompt!r}", ("model", "completion"), tuple((row.label, row.completions[i].strip()) for row in rows), 2
+        )
+        for i, prompt in enumerate(prompts)
+    ]

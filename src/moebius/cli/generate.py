@@ -1,0 +1,59 @@
+"""``moebius generate``: let a model write."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+
+from moebius.cli.options import AsJson, Device, DType, Model, Quiet, model_or_reference, require_device
+from moebius.cli.output import note, print_json
+from moebius.errors import RecipeError
+
+EXAMPLES = """[bold]Examples[/bold]
+
+moebius generate
+
+moebius generate ./OLMoE-1bit --prompt "The sea was" --tokens 100 --temperature 0.8 --seed 1"""
+
+
+def generate(
+    model: Model = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", "-p", help="What to continue. Default: the head of a function.", show_default=False),
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="At most so many new tokens.")] = 64,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, help="0: the likeliest token every time; above: tokens are drawn.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    dtype: DType = "auto",
+    device: Device = "cpu",
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Continue a prompt, token by token."""
+    if prompt == "":
+        raise RecipeError("--prompt: got an empty text, wanted at least one character")
+    source = model_or_reference(model)
+
+    from transformers import TextStreamer
+
+    from moebius.cli.loading import load_model, load_tokenizer
+    from moebius.evaluate.samples import PROMPTS, complete
+
+    require_device(device)
+    prompt = PROMPTS[0] if prompt is None else prompt
+    tokenizer = load_tokenizer(source)
+    loaded = load_model(source, dtype, device)
+    streamer = None if as_json else TextStreamer(tokenizer, skip_special_tokens=True)  # prints the prompt as well
+    began = time.perf_counter()
+    completion = complete(loaded, tokenizer, prompt, tokens, temperature=temperature, seed=seed, streamer=streamer)
+    seconds = time.perf_counter() - began
+    written = len(tokenizer(completion, add_special_tokens=False)["input_ids"])
+    if as_json:
+        print_json({"model": source, "prompt": prompt, "completion": completion, "tokens": written, "seconds": seconds})
+    elif not quiet:
+        note(f"{written} tokens in {seconds:.1f} s")

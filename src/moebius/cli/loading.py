@@ -1,0 +1,70 @@
+"""Models for evaluation and generation, packed or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
+
+import moebius  # noqa: F401  registers packed checkpoints with transformers
+from moebius.checkpoint.reader import SourceCheckpoint
+from moebius.errors import CheckpointError, MoebiusError
+from moebius.evaluate.size import is_packed
+
+DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(source: str | Path, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
+    """A causal language model in evaluation mode, its files checked first.
+
+    Args:
+        source: folder or hub name.
+        dtype: a key of :data:`DTYPES`; ``auto`` is the checkpoint's own.
+        device: where it goes.
+
+    Raises:
+        MoebiusError: no such model, or a checkpoint that is damaged.
+    """
+    quiet_transformers()
+    folder = checkpoint_folder(source)
+    model = _loaded(AutoModelForCausalLM, source, folder, dtype=DTYPES[dtype])
+    return model.eval().to(device)
+
+
+def load_tokenizer(source: str | Path) -> Any:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        MoebiusError: no such model, or no tokenizer in it.
+    """
+    quiet_transformers()
+    return _loaded(AutoTokenizer, source, checkpoint_folder(source))
+
+
+def checkpoint_folder(source: str | Path) -> Path:
+    """The folder of a checkpoint, fetched from the hub where it is a name, its files complete.
+
+    Raises:
+        MoebiusError: no such model, or a checkpoint that is damaged.
+    """
+    path = Path(source).expanduser()
+    # A packed checkpoint is checked against its manifest by what loads it.
+    return path if is_packed(path) else SourceCheckpoint.open(source).folder
+
+
+def quiet_transformers() -> None:
+    """No progress bars and warnings of transformers between ours."""
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def _loaded(kind: Any, source: str | Path, folder: Path, **options: Any) -> Any:
+    try:
+        return kind.from_pretrained(folder, **options)
+    except MoebiusError:
+        raise
+    except Exception as error:  # whatever transformers, tokenizers and safetensors raise for files they cannot read
+        raise CheckpointError(f"{source}: transformers cannot load it: {type(error).__name__}: {error}") from error

@@ -1,0 +1,1 @@
+"""Corrections after quantization that are fused into scales and cost no byte."""

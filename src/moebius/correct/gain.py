@@ -1,0 +1,25 @@
+"""Row gain: a quantized matrix is a shrunken one, and what its outputs lose in variance no later layer restores."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def row_gain(weight: Tensor, approximation: Tensor, moments: Tensor) -> Tensor:
+    """``g_j = sqrt((W C Wᵀ)_jj / (Ŵ C Ŵᵀ)_jj)``: the factor by which each output row gets its energy back.
+
+    Args:
+        weight: ``W`` (experts, rows, columns).
+        approximation: ``Ŵ``, of the same shape.
+        moments: ``C`` (experts, columns, columns), of the same dtype.
+
+    Returns:
+        (experts, rows); one for a row whose approximation puts nothing out.
+    """
+    wanted, got = _output_energy(weight, moments), _output_energy(approximation, moments)
+    return torch.where(got > 0, (wanted / got).clamp_min(0).sqrt(), 1)
+
+
+def _output_energy(weight: Tensor, moments: Tensor) -> Tensor:
+    return ((weight @ moments) * weight).sum(2)

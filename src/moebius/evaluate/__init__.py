@@ -1,0 +1,1 @@
+"""What a quantized model lost: perplexity, divergence from the original, routing; and what it takes: bits, honestly counted."""

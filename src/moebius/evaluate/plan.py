@@ -1,0 +1,217 @@
+"""What a recipe would make of a model, from its config alone: size, bits, memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from moebius.checkpoint.reader import SourceCheckpoint
+from moebius.evaluate.size import ModelSize, ModuleSize, experts_per_token, file_bytes, folder_bytes, packed_module
+from moebius.methods import METHODS
+from moebius.methods.linear import plan_linear
+from moebius.methods.router import plan_router
+from moebius.models.load import skeleton
+from moebius.recipe import CalibrationSettings, Recipe
+from moebius.types import PROJECTIONS, MoeLayer, MoeModel
+
+_FLOAT32 = 4  # bytes
+_BATCH = 8  # windows per forward pass of the calibration
+_HESSIAN_CHUNK = 1 << 29  # methods invert the Hessians of so many bytes of experts at a time
+
+
+@dataclass(frozen=True)
+class PeakMemory:
+    """Bytes that a run holds, as far as shapes tell. The interpreter, its libraries and the allocator's gaps come on top.
+
+    Attributes:
+        model: all weights in the dtype of the checkpoint.
+        hidden_states: of all calibration tokens, at every layer boundary if gradients are taken.
+        layer: one decoder layer, the largest, in float32.
+        activations: what the experts of that layer hold while one batch of windows goes through.
+        statistics: sums of one MoE layer, the largest (second moments, GLAS Hessians, Fisher diagonals).
+        workspace: copies of weights and Hessians while one projection is quantized.
+        logits: of one window at the loss, with its gradients.
+    """
+
+    model: int
+    hidden_states: int
+    layer: int
+    activations: int
+    statistics: int
+    workspace: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """The peak: model and hidden states all the time, and the most demanding of loss, calibration and quantization."""
+        calibrating = self.layer + self.activations + self.statistics
+        quantizing = self.statistics + self.workspace
+        return self.model + self.hidden_states + max(self.logits, calibrating, quantizing)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model before and after a recipe, and the memory that it takes to get there."""
+
+    before: ModelSize
+    after: ModelSize
+    moe_layers: int
+    memory: PeakMemory
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures, ready for JSON."""
+        memory = {**vars(self.memory), "total": self.memory.total}
+        return {
+            "before": self.before.to_dict(),
+            "after": self.after.to_dict(),
+            "moe_layers": self.moe_layers,
+            "memory_bytes": memory,
+        }
+
+
+def plan_model(source: str | Path, recipe: Recipe, calibration: CalibrationSettings) -> Plan:
+    """Plan a run without weights.
+
+    Args:
+        source: ``config.json``, a folder that holds one, or a hub name.
+        recipe: what would be done.
+        calibration: how many tokens would be looked at.
+
+    Raises:
+        ModelNotFoundError: no such file, folder or name.
+        UnsupportedModelError: a model without experts that Moebius can read.
+    """
+    moe = skeleton(source)
+    before = _original_size(moe)
+    return Plan(
+        before, _size_after(moe, before, recipe), len(moe.moe_layers), _peak_memory(moe, recipe, calibration, before.top_k)
+    )
+
+
+def checkpoint_size(source: str | Path) -> ModelSize:
+    """The size of a checkpoint that is not packed; expert weights are counted in the dtype of its config.
+
+    Raises:
+        MoebiusError: as :func:`plan_model`, or a damaged checkpoint.
+    """
+    checkpoint = SourceCheckpoint.open(source)
+    size = _original_size(skeleton(checkpoint.folder))
+    return ModelSize(
+        modules=size.modules,
+        other_weights=sum(math.prod(t.shape) for t in checkpoint.tensors.values()) - size.expert_weights,
+        other_bits=sum(8 * (t.end - t.begin) for t in checkpoint.tensors.values()) - size.expert_bits,
+        top_k=size.top_k,
+        file_bytes=file_bytes(checkpoint.folder),
+        folder_bytes=folder_bytes(checkpoint.folder),
+    )
+
+
+def _original_size(moe: MoeModel) -> ModelSize:
+    """The original, in the dtype of its config."""
+    modules = []
+    for layer in moe.moe_layers:
+        for projection in PROJECTIONS:
+            shape = _shape(layer, projection)
+            bits = 8 * _parameter(layer, projection).element_size()
+            modules.append(ModuleSize(_path(layer, projection), "experts", f"{bits} bit", shape, bits * math.prod(shape)))
+    named = {id(_parameter(layer, projection)) for layer in moe.moe_layers for projection in PROJECTIONS}
+    rest = [p for p in moe.model.parameters() if id(p) not in named]
+    return ModelSize(
+        modules=tuple(modules),
+        other_weights=sum(p.numel() for p in rest),
+        other_bits=sum(8 * p.numel() * p.element_size() for p in rest),
+        top_k=experts_per_token(moe.model.config.to_dict()),
+    )
+
+
+def _size_after(moe: MoeModel, before: ModelSize, recipe: Recipe) -> ModelSize:
+    method = METHODS[recipe.method]
+    modules = [
+        packed_module(_path(layer, projection), method.plan(_shape(layer, projection), recipe, projection))
+        for layer in moe.moe_layers
+        for projection in PROJECTIONS
+    ]
+    replaced: list[Tensor] = []
+    for names, bits in ((moe.shared_experts, recipe.shared_experts), (moe.dense_mlps, recipe.dense_layers)):
+        for name in names if bits < 16 else ():
+            weight = moe.model.get_parameter(f"{name}.weight")
+            modules.append(packed_module(name, plan_linear((weight.shape[0], weight.shape[1]), bits)))
+            replaced.append(weight)
+    if recipe.router == "binary":
+        for layer in moe.moe_layers:
+            if layer.router_name is not None:
+                weight = moe.model.get_parameter(f"{layer.router_name}.weight")
+                modules.append(packed_module(layer.router_name, plan_router((weight.shape[0], weight.shape[1]), recipe)))
+                replaced.append(weight)
+    return ModelSize(
+        modules=tuple(modules),
+        other_weights=before.other_weights - sum(w.numel() for w in replaced),
+        other_bits=before.other_bits - sum(8 * w.numel() * w.element_size() for w in replaced),
+        top_k=before.top_k,
+    )
+
+
+def _peak_memory(moe: MoeModel, recipe: Recipe, calibration: CalibrationSettings, top_k: int | None) -> PeakMemory:
+    needs = METHODS[recipe.method].needs(recipe)
+    binary_router = recipe.router == "binary"
+    if binary_router and needs == "nothing":
+        needs = "inputs"
+    looks, gradients = needs != "nothing", needs == "gradients"
+    groups = recipe.glas_groups if gradients else 0
+    shapes = [[_shape(layer, projection) for projection in PROJECTIONS] for layer in moe.moe_layers]
+    tokens = calibration.windows * calibration.window_length
+    rows = min(calibration.windows, _BATCH) * calibration.window_length * (top_k or 1)
+    config = moe.model.config.get_text_config()
+    router_moment = config.hidden_size**2 if binary_router else 0
+    widths = max(sum(outputs + inputs for _, outputs, inputs in layer) for layer in shapes)
+    boundaries = {"nothing": 0, "inputs": 2, "gradients": len(moe.decoder) + 1}[needs]
+    return PeakMemory(
+        model=sum(p.numel() * p.element_size() for p in moe.model.parameters()),
+        hidden_states=_FLOAT32 * boundaries * tokens * config.hidden_size,
+        layer=_FLOAT32 * max(sum(p.numel() for p in layer.parameters()) for layer in moe.decoder) if looks else 0,
+        activations=_FLOAT32 * rows * widths * (2 if gradients else 1) if looks else 0,
+        statistics=max(sum(_statistics(shape, groups) for shape in layer) for layer in shapes) + _FLOAT32 * router_moment
+        if looks
+        else 0,
+        workspace=max(_workspace(shape, looks) for layer in shapes for shape in layer),
+        logits=3 * _FLOAT32 * calibration.window_length * config.vocab_size if gradients else 0,
+    )
+
+
+def _workspace(shape: tuple[int, int, int], hessians: bool) -> int:
+    """Bytes of the copies that quantizing a projection makes: about 6 of its weights, and 8 of its Hessians in float64."""
+    experts, _, inputs = shape
+    hessian = min(8 * experts * inputs * inputs, max(_HESSIAN_CHUNK, 8 * inputs * inputs)) if hessians else 0
+    return 6 * _FLOAT32 * math.prod(shape) + 8 * hessian
+
+
+def _statistics(shape: tuple[int, int, int], groups: int) -> int:
+    """Bytes of the sums of one projection; ``groups`` 0: without gradients."""
+    experts, outputs, inputs = shape
+    squares = experts * inputs * inputs * (1 + groups)
+    vectors = experts * (inputs + (outputs if groups else 0))
+    return _FLOAT32 * (squares + vectors)
+
+
+def _shape(layer: MoeLayer, projection: str) -> tuple[int, int, int]:
+    """(experts, out, in)"""
+    layout = layer.layout
+    channels = layout.inner * (2 if layout.has_gate else 1)
+    shapes = {"gate_up": (layout.experts, channels, layout.hidden), "down": (layout.experts, layout.hidden, layout.inner)}
+    return shapes[projection]
+
+
+def _parameter(layer: MoeLayer, projection: str) -> nn.Parameter:
+    return getattr(layer.experts, _parameter_name(layer, projection))
+
+
+def _path(layer: MoeLayer, projection: str) -> str:
+    return f"{layer.name}.{_parameter_name(layer, projection)}"
+
+
+def _parameter_name(layer: MoeLayer, projection: str) -> str:
+    return layer.layout.gate_up_name if projection == "gate_up" else layer.layout.down_name

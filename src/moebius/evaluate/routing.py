@@ -1,0 +1,81 @@
+"""Routing similarity: whether a quantized model sends tokens where the original does (MoBiE Eq. 53-55)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, linear
+
+from moebius.errors import UnsupportedModelError
+
+
+def routing_similarity(logits: Tensor, reference_logits: Tensor) -> Tensor:
+    """Cosine of the two routing distributions of each token (Eq. 53 and 54).
+
+    Args:
+        logits: router logits of one layer. (tokens, experts)
+        reference_logits: the original's, for the same tokens. (tokens, experts)
+
+    Returns:
+        (tokens,) float32, between 0 and 1.
+    """
+    probabilities = logits.float().softmax(-1)
+    reference_probabilities = reference_logits.float().softmax(-1)
+    return cosine_similarity(probabilities, reference_probabilities, dim=-1)
+
+
+@contextmanager
+def recorded_router_logits(model: nn.Module, routers: Mapping[str, int]) -> Iterator[dict[str, Tensor]]:
+    """Within the context, every forward pass leaves its router logits in the yielded dictionary.
+
+    Args:
+        model: any model that has these routers.
+        routers: module path of each router, and its number of experts.
+
+    Yields:
+        Router path to logits (tokens, experts) of the latest forward pass.
+
+    Raises:
+        UnsupportedModelError: the model has no module of that path.
+    """
+    logits: dict[str, Tensor] = {}
+    hooks = []
+    try:
+        for name, experts in routers.items():
+            try:
+                router = model.get_submodule(name)
+            except AttributeError:
+                raise UnsupportedModelError(
+                    f"{type(model).__name__}: no router {name!r}, which the reference has; wanted two models of one kind"
+                ) from None
+            hooks.append(router.register_forward_hook(_recorder(logits, name, experts)))
+        yield logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _recorder(logits: dict[str, Tensor], name: str, experts: int) -> Any:
+    def record(router: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        logits[name] = _router_logits(router, inputs[0], output, experts, name)
+
+    return record
+
+
+def _router_logits(router: nn.Module, hidden: Tensor, output: Any, experts: int, name: str) -> Tensor:
+    """(tokens, experts). From the weight where the router has one: what routers return differs between architectures."""
+    weight = getattr(router, "weight", None)
+    if isinstance(weight, Tensor) and weight.shape == (experts, hidden.shape[-1]):
+        bias = getattr(router, "bias", None)
+        return linear(hidden.flatten(0, -2).float(), weight.float(), None if bias is None else bias.float())
+    candidates: Sequence[Any] = output if isinstance(output, (tuple, list)) else (output,)
+    for tensor in candidates:
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.shape[-1] == experts:
+            return tensor.reshape(-1, experts)
+    raise UnsupportedModelError(
+        f"{name}: got a router ({type(router).__name__}) with neither a weight of ({experts}, {hidden.shape[-1]}) nor"
+        f" an output of {experts} logits per token; routing cannot be compared on this architecture"
+    )

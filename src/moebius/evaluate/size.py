@@ -1,0 +1,232 @@
+"""What a model takes, honestly: a bit counts when it is stored.
+
+Signs, bitmaps, masks, codes, scales, shared factors and padding all count. The figures are always given together: bits per
+expert weight, bits per weight of the whole model, bytes on disk; and, labelled as such, the paper's activated average.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moebius.checkpoint.shards import StoredTensor, read_folder
+from moebius.errors import CheckpointError
+from moebius.formats import Packed, PackedProjection
+from moebius.formats.base import empty_like_spec
+from moebius.formats.projection import empty_projection
+
+_TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts", "experts_per_token")
+
+
+@dataclass(frozen=True)
+class ModuleSize:
+    """What one quantized module takes.
+
+    Attributes:
+        name: module path, such as ``model.layers.0.mlp.experts.gate_up_proj``.
+        kind: ``"experts"``, or ``"other"`` for a router, a shared expert or a dense layer that was quantized on request.
+        description: its formats, such as ``"signs + left integers (8 bit)"``.
+        shape: of the original weights; (experts, out, in), or (1, out, in).
+        stored_bits: of all its tensors.
+        shared_bits: the part of ``stored_bits`` that all experts share.
+    """
+
+    name: str
+    kind: str
+    description: str
+    shape: tuple[int, int, int]
+    stored_bits: int
+    shared_bits: int = 0
+
+    @property
+    def weights(self) -> int:
+        """Weights of the original."""
+        return math.prod(self.shape)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight of the original."""
+        return self.stored_bits / self.weights
+
+    def activated_bits(self, top_k: int) -> float:
+        """Bits that one token touches: the shared factors and ``top_k`` experts (numerator of MoBiE Eq. 46)."""
+        experts = self.shape[0]
+        return self.shared_bits + (self.stored_bits - self.shared_bits) * top_k / experts
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What a whole model takes.
+
+    Attributes:
+        modules: the experts, and what else was quantized.
+        other_weights: weights that were left as they were.
+        other_bits: what those take.
+        top_k: experts per token; None if the config does not say.
+        file_bytes: of the safetensors files; None for a plan.
+        folder_bytes: of everything in the folder; None for a plan.
+    """
+
+    modules: tuple[ModuleSize, ...]
+    other_weights: int
+    other_bits: int
+    top_k: int | None
+    file_bytes: int | None = None
+    folder_bytes: int | None = None
+
+    @property
+    def experts(self) -> tuple[ModuleSize, ...]:
+        """The modules that are experts."""
+        return tuple(m for m in self.modules if m.kind == "experts")
+
+    @property
+    def expert_weights(self) -> int:
+        """Expert weights of the original."""
+        return sum(m.weights for m in self.experts)
+
+    @property
+    def expert_bits(self) -> int:
+        """Stored bits of everything that stands for the experts."""
+        return sum(m.stored_bits for m in self.experts)
+
+    @property
+    def weights(self) -> int:
+        """Weights of the original model."""
+        return sum(m.weights for m in self.modules) + self.other_weights
+
+    @property
+    def bits(self) -> int:
+        """Stored bits of the whole model."""
+        return sum(m.stored_bits for m in self.modules) + self.other_bits
+
+    @property
+    def bits_per_expert_weight(self) -> float:
+        """The figure that counts."""
+        return self.expert_bits / self.expert_weights
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the whole model, embeddings and attention included."""
+        return self.bits / self.weights
+
+    @property
+    def activated_bits_per_weight(self) -> float | None:
+        """The paper's activated average (MoBiE Eq. 46), with every stored bit counted; None if top-k is not known."""
+        if self.top_k is None:
+            return None
+        activated = sum(m.activated_bits(self.top_k) for m in self.experts)
+        return activated / sum(self.top_k * m.shape[1] * m.shape[2] for m in self.experts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures, ready for JSON."""
+        return {
+            "bits_per_expert_weight": self.bits_per_expert_weight,
+            "bits_per_weight": self.bits_per_weight,
+            "activated_bits_per_weight_eq46": self.activated_bits_per_weight,
+            "expert_weights": self.expert_weights,
+            "weights": self.weights,
+            "expert_bytes": self.expert_bits / 8,
+            "bytes": self.bits / 8,
+            "file_bytes": self.file_bytes,
+            "folder_bytes": self.folder_bytes,
+            "experts_per_token": self.top_k,
+            "modules": [
+                {
+                    "name": m.name,
+                    "kind": m.kind,
+                    "format": m.description,
+                    "shape": list(m.shape),
+                    "stored_bits": m.stored_bits,
+                    "shared_bits": m.shared_bits,
+                    "bits_per_weight": m.bits_per_weight,
+                }
+                for m in self.modules
+            ],
+        }
+
+
+def packed_module(name: str, packed: PackedProjection | Packed) -> ModuleSize:
+    """The size of a packed module; its tensors may be on the meta device."""
+    if isinstance(packed, PackedProjection):
+        parts = [_described(p) if part == "factor" else f"{part} {_described(p)}" for part, p in packed.parts().items()]
+        return ModuleSize(name, "experts", " + ".join(parts), packed.shape, packed.stored_bits(), packed.shared_bits())
+    return ModuleSize(name, "other", _described(packed), (packed.batch, packed.rows, packed.columns), packed.stored_bits())
+
+
+def _described(packed: Packed) -> str:
+    """A format's name, with its bits where it has a choice of them."""
+    bits = packed.spec().get("bits")
+    return packed.name if bits is None else f"{packed.name} ({bits} bit)"
+
+
+def packed_checkpoint_size(folder: Path) -> ModelSize:
+    """The size of a packed checkpoint, added up from the headers of its safetensors files.
+
+    Raises:
+        CheckpointError: a folder without ``quantization_config`` of Moebius, or files that hold other bits than it says.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    quantization = _quantization(config)
+    if quantization.get("quant_method") != "moebius":
+        raise CheckpointError(f"{folder}: got a checkpoint that Moebius did not pack; wanted one with quant_method 'moebius'")
+    stored = read_folder(folder)
+    modules, claimed = [], set()
+    for name, spec in quantization["modules"].items():
+        packed = empty_projection(spec) if "factor" in spec else empty_like_spec(spec)
+        module = packed_module(name, packed)
+        names = {f"{name}.{tensor}" for tensor in packed.tensors()}
+        in_files = sum(_bits(stored[n]) for n in names & stored.keys())
+        if in_files != module.stored_bits:
+            raise CheckpointError(f"{name}: the files hold {in_files} bits, wanted {module.stored_bits} as the config says")
+        claimed |= names
+        modules.append(module)
+    rest = [tensor for name, tensor in stored.items() if name not in claimed]
+    return ModelSize(
+        modules=tuple(modules),
+        other_weights=sum(math.prod(t.shape) for t in rest),
+        other_bits=sum(_bits(t) for t in rest),
+        top_k=experts_per_token(config),
+        file_bytes=file_bytes(folder),
+        folder_bytes=folder_bytes(folder),
+    )
+
+
+def file_bytes(folder: Path) -> int:
+    """Bytes of the safetensors files of a folder."""
+    return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files of a checkpoint."""
+    return sum(f.stat().st_size for f in folder.iterdir() if f.is_file())
+
+
+def _bits(tensor: StoredTensor) -> int:
+    return 8 * (tensor.end - tensor.begin)
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a local folder is a checkpoint that Moebius packed."""
+    config = folder / "config.json"
+    return config.is_file() and _quantization(json.loads(config.read_text())).get("quant_method") == "moebius"
+
+
+def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return config.get("quantization_config") or {}
+
+
+def experts_per_token(config: Mapping[str, Any]) -> int | None:
+    """Top-k of a model, by whichever name its config.json uses; None if by none that is known."""
+    for part in (config, *_nested(config.values())):
+        for name in _TOP_K_NAMES:
+            if isinstance(part.get(name), int):
+                return part[name]
+    return None
+
+
+def _nested(values: Iterable[Any]) -> Iterable[Mapping[str, Any]]:
+    return (v for v in values if isinstance(v, Mapping))

@@ -1,0 +1,45 @@
+"""Tells transformers about Moebius without importing it: registration waits until transformers has its own quantizers."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+_TABLES = "transformers.quantizers.auto"
+
+
+def register() -> None:
+    """Make transformers load packed checkpoints: now if it is imported already, else as soon as it is. Repeats do nothing."""
+    if _TABLES in sys.modules:
+        _register()
+    elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _WhenImported())
+
+
+def _register() -> None:
+    import moebius.hf.quantizer  # noqa: F401  registers itself; nothing is taken from it, it may be in the middle of its import
+
+
+class _WhenImported(MetaPathFinder):
+    """Finds one module the usual way, and registers when it has been executed."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != _TABLES:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            loader: Any = spec.loader
+            execute = loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                _register()
+
+            loader.exec_module = execute_and_register
+        return spec

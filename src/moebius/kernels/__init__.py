@@ -1,0 +1,1 @@
+"""Operations on packed tensors: one folder per operation, with its definition in ``reference.py``."""

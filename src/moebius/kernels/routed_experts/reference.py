@@ -1,0 +1,95 @@
+"""The definition, in plain PyTorch: unpack the experts that tokens chose, then multiply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from moebius.formats import Packed, PackedProjection
+
+#: Weights that are unpacked at a time: 16 MiB of float32. One expert is unpacked at least.
+_UNPACKED_WEIGHTS = 1 << 22
+
+
+def routed_experts(
+    hidden: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up: PackedProjection,
+    down: PackedProjection,
+    activation: Callable[[Tensor], Tensor],
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Tensor:
+    """``y_t = Σ_k w_tk · down_e(activation(gate_up_e(x_t)))`` with ``e = top_k_index[t, k]``, computed in float32.
+
+    The shared factors are used as rarely as they can be: ``gate_up.right`` once per token before the experts, ``down.left``
+    once per token after the weighted sum. Only experts that a token chose are unpacked, a few at a time, so the layer is
+    never in memory as a whole. Repeats give the same bits on any device: every slot is written once and summed in order.
+
+    Args:
+        hidden: (tokens, hidden), any floating dtype.
+        top_k_index: (tokens, top_k) int64. An index that is no expert (padding) adds nothing.
+        top_k_weights: (tokens, top_k).
+        gate_up: (experts, gate_up channels, hidden).
+        down: (experts, hidden, inner).
+        activation: (n, gate_up channels) to (n, inner).
+        gate_up_bias: (experts, gate_up channels), or None.
+        down_bias: (experts, hidden), or None.
+
+    Returns:
+        (tokens, hidden), dtype of ``hidden``.
+    """
+    tokens, top_k = top_k_index.shape
+    slots, weights = top_k_index.reshape(-1), top_k_weights.float().reshape(-1, 1)
+    inputs = _shared(gate_up.right, hidden.float())
+    outputs = inputs.new_zeros(tokens * top_k, down.factor.rows)
+    largest = max(p.factor.rows * p.factor.columns for p in (gate_up, down))
+    for experts, members, valid in _groups(slots, gate_up.factor.batch, max(1, _UNPACKED_WEIGHTS // largest)):
+        chosen = members[valid]
+        states = torch.bmm(inputs[members // top_k], gate_up.factor.unpack(experts).mT)[valid]
+        states = _shared(gate_up.left, states)
+        if gate_up_bias is not None:
+            states = states + gate_up_bias[slots[chosen]].float()
+        states = _shared(down.right, activation(states))
+        padded = states.new_zeros(*members.shape, states.shape[-1])
+        padded[valid] = states
+        outputs[chosen] = torch.bmm(padded, down.factor.unpack(experts).mT)[valid] * weights[chosen]
+    result = _shared(down.left, outputs.view(tokens, top_k, down.factor.rows).sum(1))
+    if down_bias is not None:
+        routing = weights.new_zeros(tokens, gate_up.factor.batch + 1)  # the last column takes the padding
+        routing.scatter_add_(1, top_k_index.clamp(max=gate_up.factor.batch), weights.view(tokens, top_k))
+        result = result + routing[:, :-1] @ down_bias.float()
+    return result.to(hidden.dtype)
+
+
+def _shared(factor: Packed | None, states: Tensor) -> Tensor:
+    """A shared factor applied to (n, in) states."""
+    return states if factor is None else states @ factor.unpack()[0].mT
+
+
+def _groups(slots: Tensor, experts: int, most: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Experts that were chosen, those with similarly many tokens together, so that one batched product does not pad much.
+
+    Yields:
+        The experts (group,), the slots of each (group, width), and which of those are real (group, width) bool.
+    """
+    # Anything that is no expert sorts behind all experts.
+    slots = torch.where((slots >= 0) & (slots < experts), slots, experts)
+    order = torch.argsort(slots, stable=True)
+    counts = torch.bincount(slots, minlength=experts + 1)[:experts]
+    starts = counts.cumsum(0) - counts
+    by_count = torch.argsort(counts, descending=True, stable=True)
+    sizes = counts[by_count].tolist()
+    begin = 0
+    while begin < experts and sizes[begin]:
+        end = begin + 1
+        while end < experts and end - begin < most and 2 * sizes[end] > sizes[begin]:
+            end += 1
+        group = by_count[begin:end]
+        step = torch.arange(sizes[begin], device=slots.device)
+        valid = step < counts[group].unsqueeze(1)
+        yield group, order[(starts[group].unsqueeze(1) + step).clamp(max=len(order) - 1)], valid
+        begin = end

@@ -1,0 +1,53 @@
+"""What a method is, and what several methods share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from moebius.formats.base import Packed, concatenate
+from moebius.formats.projection import PackedProjection
+from moebius.recipe import Recipe
+from moebius.types import ProjectionStats
+
+# Hessians, their inverses and factors take a handful of float64 copies of (experts, in, in); this bounds one of them.
+_CHUNK_BYTES = 1 << 29
+
+
+def no_left_factor(weight: Tensor, recipe: Recipe, projection: str) -> Tensor | None:
+    """For methods whose expert factors put out what the experts put out."""
+    return None
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to quantize the experts of a projection.
+
+    Attributes:
+        quantize: from weights (experts, out, in) of any float type, statistics (None where ``needs`` says "nothing"), recipe
+            and projection (``"gate_up"`` or ``"down"``) to what is stored.
+        plan: from the shape (experts, out, in), recipe and projection to what ``quantize`` would return, with tensors on the
+            meta device.
+        needs: what a recipe wants of calibration: ``"nothing"``, ``"inputs"`` or ``"gradients"``.
+        left_factor: the shared left factor ``A`` (out, rank) of these weights where the expert factors sit behind one, so
+            that calibration can gather ``Aᵀδ``; None elsewhere.
+    """
+
+    quantize: Callable[[Tensor, ProjectionStats | None, Recipe, str], PackedProjection]
+    plan: Callable[[tuple[int, int, int], Recipe, str], PackedProjection]
+    needs: Callable[[Recipe], str]
+    left_factor: Callable[[Tensor, Recipe, str], Tensor | None] = no_left_factor
+
+
+def in_chunks(experts: int, inputs: int, quantize: Callable[[slice], Packed]) -> Packed:
+    """Quantize some experts at a time, so that their Hessians fit into memory, and put the parts together.
+
+    Args:
+        experts: how many there are.
+        inputs: width of their Hessians.
+        quantize: called with slices that cover the experts in order.
+    """
+    step = max(1, _CHUNK_BYTES // (8 * inputs * inputs))
+    return concatenate([quantize(slice(start, min(start + step, experts))) for start in range(0, experts, step)])

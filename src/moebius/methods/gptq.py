@@ -1,0 +1,41 @@
+"""GPTQ (Frantar et al., 2023): rounding with error feedback, for all experts of a projection at once."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from moebius.correct.gain import row_gain
+from moebius.formats.base import Packed
+from moebius.formats.projection import PackedProjection
+from moebius.linalg.hessian import conditioned, feedback_factor, layer_mean
+from moebius.methods.base import Method, in_chunks
+from moebius.methods.rtn import plan
+from moebius.quantize.integers import round_with_feedback, whole_rows
+from moebius.recipe import Recipe
+from moebius.types import ProjectionStats
+
+
+def quantize(weight: Tensor, stats: ProjectionStats | None, recipe: Recipe, projection: str) -> PackedProjection:
+    """Round column by column, the error of each pushed into those after it; ``gain`` then restores each row's energy."""
+    assert stats is not None
+    experts, _, inputs = weight.shape
+    layer = layer_mean(stats.second_moment)
+
+    def round_some(chunk: slice) -> Packed:
+        some = weight[chunk].float()
+        hessians = conditioned(stats.second_moment[chunk], lean=recipe.layer_lean, damping=recipe.damping, layer=layer)
+        group_size = whole_rows(recipe.group_size, inputs)
+        codes = round_with_feedback(some, feedback_factor(hessians), int(recipe.bits), group_size, recipe.block_size)
+        if recipe.gain:
+            codes = codes.scaled(row_gain(some, codes.matrix(), hessians.float()))
+        return codes.pack()
+
+    return PackedProjection(in_chunks(experts, inputs, round_some))
+
+
+def needs(recipe: Recipe) -> str:
+    """The Hessian of the layer's own error."""
+    return "inputs"
+
+
+METHOD = Method(quantize, plan, needs)

@@ -1,0 +1,131 @@
+"""MoBiE (Algorithm 1): joint decomposition, loss-aligned mixed-order binarization, null-space scaling. Each is a switch."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from moebius.basis.joint_svd import JointBasis, joint_basis, joint_rank, shared_factor_skeleton
+from moebius.correct.gain import row_gain
+from moebius.correct.null_space import null_space_scales
+from moebius.formats.base import Packed, empty_like_spec
+from moebius.formats.projection import PackedProjection
+from moebius.formats.signs import Signs
+from moebius.linalg.eigen import null_space_projector
+from moebius.linalg.hessian import conditioned, feedback_factor, inverse_diagonal, layer_mean
+from moebius.methods.base import Method, in_chunks
+from moebius.quantize.binary import SignPlanes, mixed_order
+from moebius.quantize.feedback import mixed_order_with_feedback
+from moebius.quantize.saliency import column_saliency, salient_columns, salient_count
+from moebius.recipe import Recipe
+from moebius.types import ProjectionStats
+
+_PART = {"output": "left", "input": "right"}
+
+
+def quantize(weight: Tensor, stats: ProjectionStats | None, recipe: Recipe, projection: str) -> PackedProjection:
+    """Binarize the experts of one projection."""
+    assert stats is not None
+    weight = weight.float()
+
+    # Stage 1, CEJD: a basis that all experts share in high precision; what is left to each expert is binarized.
+    basis = _basis(weight, recipe, projection)
+    factors = basis.factors(weight) if basis else weight
+    moments = _Moments(stats.second_moment, basis, recipe)
+    weighted = _Moments(stats.weighted_moment, basis, recipe) if recipe.glas and stats.weighted_moment is not None else None
+
+    def binarize(chunk: slice) -> Packed:
+        factor, hessian = factors[chunk], moments.conditioned(chunk)
+        # Stage 2, GLAS: columns that the loss feels get a second plane; signs make up for the errors of those before them.
+        importance = hessian.unsqueeze(1) if weighted is None else weighted.conditioned(chunk)
+        planes = _mixed_order(factor, hessian, importance, recipe)
+        # Stage 3, NGES: scales that move the error to directions that no input uses.
+        if recipe.nges:
+            planes = planes.scaled(*_null_space_scales(factor, planes, moments.raw(chunk), recipe))
+        if recipe.gain:
+            planes = planes.scaled(row_gain(factor, planes.matrix(), hessian.float()))
+        if basis and basis.side == "output":
+            planes = planes.scaled(basis.spread)
+        return planes.pack()
+
+    factor = in_chunks(len(factors), factors.shape[2], binarize)
+    return PackedProjection(factor, **{_PART[basis.side]: basis.packed} if basis else {})
+
+
+def plan(shape: tuple[int, int, int], recipe: Recipe, projection: str) -> PackedProjection:
+    """What :func:`quantize` stores for matrices of this shape, on the meta device."""
+    experts, out, inputs = shape
+    shared = {}
+    if recipe.cejd:
+        side = _side(recipe, projection)
+        shared[_PART[side]] = shared_factor_skeleton(shape, side=side, rank=recipe.rank, bits=recipe.shared_bits)
+        rank = joint_rank(shape, side, recipe.rank)
+        out, inputs = (rank, inputs) if side == "output" else (out, rank)
+    factor = Signs(experts, out, inputs, salient_count(inputs, recipe.salient_fraction))
+    return PackedProjection(empty_like_spec(factor.spec()), **shared)
+
+
+def needs(recipe: Recipe) -> str:
+    """The gradient of the global loss for GLAS; error feedback, null spaces and gains look at inputs."""
+    return "gradients" if recipe.glas else "inputs"
+
+
+def left_factor(weight: Tensor, recipe: Recipe, projection: str) -> Tensor | None:
+    """The shared factor ``A`` at the output side: GLAS wants the gradient behind it, ``Aᵀδ``."""
+    basis = _basis(weight, recipe, projection)
+    return basis.shared if basis and basis.side == "output" else None
+
+
+def _side(recipe: Recipe, projection: str) -> str:
+    """``hidden``: where the projection meets the hidden state, which is shared by the experts."""
+    if recipe.side == "hidden":
+        return "input" if projection == "gate_up" else "output"
+    return recipe.side
+
+
+def _basis(weight: Tensor, recipe: Recipe, projection: str) -> JointBasis | None:
+    if not recipe.cejd:
+        return None
+    return joint_basis(weight, side=_side(recipe, projection), rank=recipe.rank, bits=recipe.shared_bits)
+
+
+class _Moments:
+    """Sums over tokens of outer products of inputs, in the coordinates of the expert factors, some experts at a time."""
+
+    def __init__(self, moments: Tensor, basis: JointBasis | None, recipe: Recipe) -> None:
+        self.moments, self.recipe = moments, recipe
+        self.right = basis.shared if basis and basis.side == "input" else None
+        self.layer = self._turn(layer_mean(moments))
+
+    def raw(self, chunk: slice) -> Tensor:
+        """(chunk, ..., columns, columns)"""
+        return self._turn(self.moments[chunk])
+
+    def conditioned(self, chunk: slice) -> Tensor:
+        """See :func:`moebius.linalg.hessian.conditioned`."""
+        recipe = self.recipe
+        return conditioned(self.raw(chunk), lean=recipe.layer_lean, damping=recipe.damping, layer=self.layer)
+
+    def _turn(self, moments: Tensor) -> Tensor:
+        if self.right is None:
+            return moments
+        right = self.right.to(moments.dtype)
+        return right @ moments @ right.mT
+
+
+def _mixed_order(factor: Tensor, hessian: Tensor, importance: Tensor, recipe: Recipe) -> SignPlanes:
+    saliency = column_saliency(factor, inverse_diagonal(importance))
+    salient = salient_columns(saliency, recipe.salient_fraction)
+    if not recipe.error_feedback:
+        return mixed_order(factor, salient, recipe.alternations)
+    return mixed_order_with_feedback(
+        factor, salient, feedback_factor(hessian), alternations=recipe.alternations, block_size=recipe.block_size
+    )
+
+
+def _null_space_scales(factor: Tensor, planes: SignPlanes, moments: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    projector = null_space_projector(moments, recipe.null_space_threshold)
+    pull, iterations = recipe.nges_lambda, recipe.nges_iterations
+    return null_space_scales(factor, planes.matrix(), projector, pull=pull, iterations=iterations)
+
+
+METHOD = Method(quantize, plan, needs, left_factor)

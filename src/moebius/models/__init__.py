@@ -1,0 +1,1 @@
+"""Reading models: where the experts of a transformers checkpoint are, and how they lie in memory."""

@@ -1,0 +1,226 @@
+"""Models with their experts, routers, shared experts and dense layers named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from moebius.errors import CheckpointError, CoverageError, ModelNotFoundError, UnsupportedModelError
+from moebius.models.layout import layout_of
+from moebius.types import ExpertsLayout, MoeLayer, MoeModel
+
+# What transformers' decoders call the matrices of an MLP. Attention and state-space mixers use none of these names.
+_MLP_LINEARS = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "fc1", "fc2"}
+_MLP_LINEARS |= {"c_fc", "input_linear", "output_linear", "dense_h_to_4h", "dense_4h_to_h"}
+
+
+def load_moe_model(source: str | Path, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu") -> MoeModel:
+    """Load a checkpoint in evaluation mode and find its experts. A dense model is refused before its weights are read.
+
+    Args:
+        source: folder of a transformers checkpoint, or its name on the hub.
+        dtype: of the weights; ``"auto"`` keeps the checkpoint's.
+        device: where the weights go.
+
+    Raises:
+        ModelNotFoundError: no such folder, or nothing by that name on the hub.
+        CheckpointError: the folder is there, but its config or weights cannot be read.
+        UnsupportedModelError: a dense model, or experts that transformers does not keep as fused 3-D parameters.
+    """
+    config = _read_config(source)
+    skeleton(config)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(_location(source), dtype=dtype, output_loading_info=True)
+    except Exception as error:  # transformers, safetensors and the hub raise a dozen classes for a broken checkpoint
+        raise CheckpointError(f"{source}: cannot read its weights: {_one_line(error)}") from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        # transformers only warns, and fills them with random numbers.
+        raise CheckpointError(f"{source}: {len(missing)} tensors are missing, such as {missing[0]}; fetch the checkpoint again")
+    return describe(model.eval().to(device))
+
+
+def skeleton(source: PretrainedConfig | str | Path) -> MoeModel:
+    """The model of a config on the meta device: every name and shape, no memory.
+
+    Args:
+        source: a config, a checkpoint folder, a ``config.json``, or a name on the hub.
+
+    Raises:
+        ModelNotFoundError: no such file or name.
+        CheckpointError: a config that cannot be read.
+        UnsupportedModelError: as :func:`describe`, or a model type that transformers does not know as a causal language model.
+    """
+    config = source if isinstance(source, PretrainedConfig) else _read_config(source)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, ImportError, AttributeError, TypeError) as error:
+        raise UnsupportedModelError(f"{config.model_type}: not a causal language model: {_one_line(error)}") from error
+    return describe(model)
+
+
+def describe(model: PreTrainedModel) -> MoeModel:
+    """Find the experts of a model, their routers, its shared experts and dense MLPs, by structure alone.
+
+    Experts outside the decoder with most experts (a second tower, a prediction head) are not listed;
+    :func:`check_coverage` names them.
+
+    Raises:
+        UnsupportedModelError: a dense model, or experts that transformers does not keep as fused 3-D parameters.
+    """
+    fused = [(name, module, layout) for name, module in model.named_modules() if (layout := layout_of(module))]
+    if not fused:
+        raise UnsupportedModelError(_why_no_experts(model))
+    decoder_name = _decoder_name(model, [name for name, _, _ in fused])
+    decoder = model.get_submodule(decoder_name)
+    assert isinstance(decoder, nn.ModuleList)
+    layers = []
+    for name, module, layout in fused:
+        if name.startswith(decoder_name + "."):
+            router_name = _router_name(model, name, layout)
+            router = model.get_submodule(router_name) if router_name else None
+            index = int(name.removeprefix(decoder_name + ".").split(".")[0])
+            layers.append(MoeLayer(name, module, layout, router_name, router, index))
+    layers.sort(key=lambda layer: layer.decoder_layer)  # stable: two in one layer stay in the order of the modules
+    with_experts = {layer.decoder_layer for layer in layers}
+    shared, dense = [], []
+    for index, layer in enumerate(decoder):
+        for name, linear in _linears(layer):
+            path, parts = f"{decoder_name}.{index}.{name}", name.split(".")
+            # The gate of a shared expert has one output: nothing worth packing.
+            if index in with_experts and "shared" in name and linear.out_features > 1:
+                shared.append(path)
+            if index not in with_experts and parts[-1] in _MLP_LINEARS:
+                dense.append(path)
+    return MoeModel(model, tuple(layers), decoder, decoder_name, tuple(shared), tuple(dense))
+
+
+def check_coverage(moe: MoeModel, quantized: Collection[str]) -> None:
+    """The coverage gate: every expert matrix of the model has been quantized, whatever it is called.
+
+    Looked at are the matrices of fused experts anywhere in the model, and any other parameter of three or more dimensions
+    that leads with the number of experts inside a MoE block or under a name with ``expert`` in it.
+
+    Args:
+        moe: the model as it was before quantization.
+        quantized: paths of the parameters that were quantized, such as ``model.layers.0.mlp.experts.gate_up_proj``.
+
+    Raises:
+        CoverageError: names the parameters that were left out.
+    """
+    missed = [name for name in _expert_parameters(moe.model) if name not in quantized]
+    if missed:
+        shown = ", ".join(missed[:4]) + (f" and {len(missed) - 4} more" if len(missed) > 4 else "")
+        raise CoverageError(
+            f"{len(missed)} expert parameters were not quantized: {shown}; "
+            "the output would be larger than it says, so nothing was written"
+        )
+
+
+def _expert_parameters(model: nn.Module) -> Iterator[str]:
+    """Paths of all parameters that look like expert matrices."""
+    block_experts: dict[str, set[int]] = {}
+    counts = set()
+    for name, module in model.named_modules():
+        if layout := layout_of(module):
+            block_experts.setdefault(name.rpartition(".")[0], set()).add(layout.experts)
+            counts.add(layout.experts)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 3:
+            continue
+        owner = name.rpartition(".")[0]
+        if isinstance(model.get_submodule(owner), nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            continue  # a filter bank, whose leading dimension is channels
+        in_block = any(name.startswith(block + ".") and parameter.shape[0] in n for block, n in block_experts.items())
+        if in_block or ("expert" in name and (not counts or parameter.shape[0] in counts)):
+            yield name
+
+
+def _why_no_experts(model: PreTrainedModel) -> str:
+    kind = type(model).__name__
+    if getattr(model.config, "quantization_config", None) is not None:
+        return f"{kind}: this checkpoint is already quantized; give the original"
+    if others := list(_expert_parameters(model)):
+        shape = tuple(model.get_parameter(others[0]).shape)
+        return f"{kind}: {others[0]} {shape} looks like experts, but its class lacks transformers' flags for fused experts"
+    return f"{kind} is a dense model: it has no routed experts, and experts are what Moebius quantizes"
+
+
+def _decoder_name(model: nn.Module, experts: list[str]) -> str:
+    """Path of the outermost ModuleList that holds most of the experts."""
+    holders: dict[str, int] = {}
+    for name in experts:
+        parts = name.split(".")
+        paths = [".".join(parts[:depth]) for depth in range(1, len(parts))]
+        holder = next((path for path in paths if isinstance(model.get_submodule(path), nn.ModuleList)), None)
+        if holder is not None:
+            holders[holder] = holders.get(holder, 0) + 1
+    if not holders:
+        raise UnsupportedModelError(f"{experts[0]}: these experts are not part of a list of decoder layers")
+    return max(holders, key=lambda path: holders[path])
+
+
+def _router_name(model: nn.Module, experts_name: str, layout: ExpertsLayout) -> str | None:
+    """The module beside the experts whose 2-D ``weight`` has one row per expert; the nearest one if there are several."""
+    block_name, _, own = experts_name.rpartition(".")
+    found = []
+    for name, module in model.get_submodule(block_name).named_modules():
+        weight = getattr(module, "weight", None)
+        if name.split(".")[0] == own or "shared" in name or not isinstance(weight, nn.Parameter) or weight.ndim != 2:
+            continue
+        if weight.shape[0] == layout.experts and name.split(".")[-1] not in _MLP_LINEARS:
+            # Experts in a latent space have another width than their router: the width only ranks.
+            found.append((name.count("."), weight.shape[1] != layout.hidden, name))
+    return f"{block_name}.{min(found)[2]}" if found else None
+
+
+def _linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    for name, child in module.named_modules():
+        if isinstance(child, nn.Linear):
+            yield name, child
+
+
+def _location(source: str | Path) -> str:
+    """What transformers is to open: an existing folder, or a name for the hub."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return str(path)
+    text = str(source)
+    if isinstance(source, Path) or path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1:
+        raise ModelNotFoundError(f"{source}: no such folder; give a checkpoint's folder, or a hub name such as owner/model")
+    return text
+
+
+def _read_config(source: str | Path) -> Any:
+    location = _location(source)
+    path = Path(location)
+    if path.exists():
+        file = path / "config.json" if path.is_dir() else path
+        if not file.is_file():
+            raise ModelNotFoundError(f"{source}: no config.json in this folder; is it a transformers checkpoint?")
+        try:
+            model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+        except (ValueError, AttributeError) as error:
+            raise CheckpointError(f"{file}: not a JSON object: {_one_line(error)}") from error
+        if not model_type:
+            raise CheckpointError(f"{file}: no model_type in it; is it the config of a transformers checkpoint?")
+    try:
+        return AutoConfig.from_pretrained(location)
+    except OSError as error:
+        raise ModelNotFoundError(
+            f"{source}: neither a folder here nor a model that can be fetched from the hub ({_one_line(error)})"
+        ) from error
+    except Exception as error:  # an unknown model_type is a ValueError, a field of the wrong type one of huggingface_hub's own
+        raise UnsupportedModelError(f"{source}: transformers cannot read its config: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    """The first line of an error's message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

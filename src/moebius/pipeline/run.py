@@ -1,0 +1,208 @@
+"""The run: calibrate, quantize and write layer by layer, then copy everything else through."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from moebius.calibrate.stream import StatisticsRequest, stream_statistics
+from moebius.calibrate.tokens import calibration_windows, windows_digest
+from moebius.checkpoint.manifest import FORMAT_VERSION
+from moebius.checkpoint.names import expert_tensor_names
+from moebius.checkpoint.reader import SourceCheckpoint
+from moebius.checkpoint.writer import CheckpointWriter
+from moebius.errors import CheckpointError, UnsupportedModelError
+from moebius.formats import Packed, PackedProjection
+from moebius.methods import METHODS
+from moebius.methods.base import Method
+from moebius.methods.linear import quantize_linear
+from moebius.methods.router import quantize_router
+from moebius.models.layout import read_weights
+from moebius.models.load import check_coverage, load_moe_model
+from moebius.progress import Progress, Silent
+from moebius.recipe import CalibrationSettings, Recipe
+from moebius.types import PROJECTIONS, ExpertWeights, LayerStats, MoeLayer, MoeModel
+
+REPORT_NAME = "moebius_report.json"
+
+
+def quantize_model(
+    source: str | Path,
+    out: Path,
+    recipe: Recipe,
+    calibration: CalibrationSettings,
+    *,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Quantize the experts of a checkpoint and write a packed checkpoint that transformers loads.
+
+    Layers are finished one after the other in a work folder beside ``out``; a run that was stopped goes on where it was when
+    the same command is given again. ``out`` appears at the very end, complete. The files depend on the source, the recipe
+    and the calibration alone.
+
+    Args:
+        source: local folder or hub name of a transformers checkpoint.
+        out: folder to create; may exist if it is empty.
+        recipe: what to do.
+        calibration: which tokens to look at, for methods that need any.
+        device: where the linear algebra of each layer runs.
+        progress: told about stages and steps.
+
+    Returns:
+        The report that is also written to ``out`` (layers with their tokens per expert, bits and experts that leaned on
+        their layer), with ``seconds`` by stage and ``peak_memory_bytes`` added, which are not written.
+
+    Raises:
+        MoebiusError: one of its subclasses for every cause that is known, before ``out`` exists.
+    """
+    progress = progress or Silent()
+    clock = _Clock()
+    writer = CheckpointWriter(out)
+    checkpoint = SourceCheckpoint.open(source)
+    checkpoint.check_finite(checkpoint.names(), progress)
+    moe = load_moe_model(checkpoint.folder)
+    job = _Job(moe, recipe, device)
+    check_coverage(moe, job.expert_parameters())  # before hours are spent
+    windows = None if job.needs == "nothing" else _windows(checkpoint.folder, calibration)
+    settings: dict[str, Any] = {"recipe": recipe.to_dict()}
+    if windows is not None:
+        settings["calibration"] = {**calibration.to_dict(), "digest": windows_digest(windows)}
+    writer.begin({"source": checkpoint.fingerprint(), "format_version": FORMAT_VERSION, **settings})
+    clock.lap("load")
+
+    for name, packed, entry in job.packed_layers(windows, writer.entries().keys(), progress):
+        writer.write_layer(name, packed, entry)
+    clock.lap("calibrate and quantize")
+
+    modules = writer.modules()
+    check_coverage(moe, modules)
+    writer.copy_rest(checkpoint, expert_tensor_names(checkpoint, moe.model, modules))
+    entries = writer.entries()
+    report = {"format_version": FORMAT_VERSION, **settings, "layers": [entries[name] for name in job.unit_names()]}
+    config = {"quant_method": "moebius", "format_version": FORMAT_VERSION, **settings, "modules": modules}
+    writer.finish(checkpoint, config, {REPORT_NAME: json.dumps(report, indent=1) + "\n"})
+    clock.lap("write")
+    progress.finish()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {**report, "seconds": clock.laps, "peak_memory_bytes": peak}
+
+
+class _Job:
+    """The units of a run (MoE layers first, then what else was asked for) and how each is packed."""
+
+    def __init__(self, moe: MoeModel, recipe: Recipe, device: str) -> None:
+        self.moe, self.recipe, self.device = moe, recipe, device
+        self.method: Method = METHODS[recipe.method]
+        self.binary_router = recipe.router == "binary"
+        self.needs = "inputs" if self.binary_router and self.method.needs(recipe) == "nothing" else self.method.needs(recipe)
+
+    def packed_layers(
+        self, windows: Tensor | None, finished: Collection[str], progress: Progress
+    ) -> Iterator[tuple[str, dict[str, PackedProjection | Packed], dict[str, Any]]]:
+        """Name, packed modules and report entry of every unit that is not finished yet."""
+        layers = {layer.name: layer for layer in self.moe.moe_layers}
+        if windows is None:
+            progress.stage("quantizing", len(layers))
+            for layer in self.moe.moe_layers:
+                if layer.name not in finished:
+                    yield layer.name, *self._pack_layer(layer, None)
+                progress.advance(layer.name)
+        else:
+            for stats in stream_statistics(self.moe, windows, self._request(), skip=finished, progress=progress):
+                name, (packed_layer, entry) = stats.name, self._pack_layer(layers[stats.name], stats)
+                del stats  # one layer's statistics in memory, not two
+                yield name, packed_layer, entry
+        for name, bits in self._linears().items():
+            if name not in finished:
+                weight = self.moe.model.get_parameter(f"{name}.weight").detach().to(self.device)
+                packed = quantize_linear(weight, bits)
+                yield name, {name: packed}, {"name": name, "bits": packed.stored_bits() / weight.numel()}
+
+    def expert_parameters(self) -> list[str]:
+        """Paths of the parameters that will be packed."""
+        return [path for layer in self.moe.moe_layers for path in _parameter_paths(layer).values()]
+
+    def unit_names(self) -> list[str]:
+        """Every unit, in the order of the report."""
+        return [layer.name for layer in self.moe.moe_layers] + list(self._linears())
+
+    def _linears(self) -> dict[str, int]:
+        """Linears outside the experts that were asked for, with their bits."""
+        shared = dict.fromkeys(self.moe.shared_experts, self.recipe.shared_experts)
+        dense = dict.fromkeys(self.moe.dense_mlps, self.recipe.dense_layers)
+        return {name: bits for name, bits in {**shared, **dense}.items() if bits < 16}
+
+    def _request(self) -> StatisticsRequest:
+        gradients = self.needs == "gradients"
+        return StatisticsRequest(
+            gradients=gradients,
+            glas_groups=self.recipe.glas_groups,
+            left_factors=self._left_factors if gradients else None,
+            router_moment=self.binary_router,
+        )
+
+    def _left_factors(self, weights: ExpertWeights) -> dict[str, Tensor]:
+        factors = {p: self.method.left_factor(weights.projection(p), self.recipe, p) for p in PROJECTIONS}
+        return {p: factor for p, factor in factors.items() if factor is not None}
+
+    def _pack_layer(
+        self, layer: MoeLayer, stats: LayerStats | None
+    ) -> tuple[dict[str, PackedProjection | Packed], dict[str, Any]]:
+        weights = read_weights(layer.name, layer.experts)
+        paths = _parameter_paths(layer)
+        packed: dict[str, PackedProjection | Packed] = {}
+        for projection in PROJECTIONS:
+            weight = weights.projection(projection).to(self.device)
+            seen = None if stats is None else stats.projection(projection).to(self.device)
+            packed[paths[projection]] = self.method.quantize(weight, seen, self.recipe, projection)
+        entry = _layer_entry(weights, stats, sum(p.stored_bits() for p in packed.values()))
+        if self.binary_router:
+            if layer.router_name is None or stats is None or stats.router_moment is None:
+                raise UnsupportedModelError(f"{layer.name}: no router was found to binarize; leave out router=binary")
+            router = self.moe.model.get_parameter(f"{layer.router_name}.weight").detach().to(self.device)
+            packed[layer.router_name] = quantize_router(router, stats.router_moment.to(self.device), self.recipe)
+        return packed, entry
+
+
+def _parameter_paths(layer: MoeLayer) -> dict[str, str]:
+    """Projection to the path of its parameter, which becomes the path of its packed module."""
+    return {"gate_up": f"{layer.name}.{layer.layout.gate_up_name}", "down": f"{layer.name}.{layer.layout.down_name}"}
+
+
+def _layer_entry(weights: ExpertWeights, stats: LayerStats | None, stored_bits: int) -> dict[str, Any]:
+    """What the report says of a layer: its bits, what its experts saw, and who saw too little to stand alone."""
+    entry: dict[str, Any] = {"name": weights.name, "bits": stored_bits / (weights.gate_up.numel() + weights.down.numel())}
+    if stats is not None:
+        tokens = stats.gate_up.tokens.tolist()
+        entry["tokens_per_expert"] = tokens
+        # Fewer tokens than inputs: the expert's own Hessian is singular, what makes it invertible is the layer's mean.
+        entry["leaned_on_layer"] = [e for e, n in enumerate(tokens) if n < weights.gate_up.shape[2]]
+    return entry
+
+
+def _windows(folder: Path, calibration: CalibrationSettings) -> Tensor:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: has no tokenizer that transformers can load; calibration needs one") from error
+    return calibration_windows(calibration, tokenizer)
+
+
+class _Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name], self._last = round(now - self._last, 2), now

@@ -1,0 +1,28 @@
+"""How long work reports how far it is, without knowing who listens."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Receives stages of work and their steps."""
+
+    def stage(self, name: str, total: int) -> None:
+        """A stage of ``total`` steps begins; the stage before it, if any, is done."""
+
+    def advance(self, detail: str = "") -> None:
+        """One step of the current stage is done; ``detail`` says which, such as a layer's name."""
+
+    def finish(self) -> None:
+        """All stages are done."""
+
+
+class Silent:
+    """A listener that does nothing."""
+
+    def stage(self, name: str, total: int) -> None: ...
+
+    def advance(self, detail: str = "") -> None: ...
+
+    def finish(self) -> None: ...

@@ -1,0 +1,86 @@
+"""A fused experts module of transformers that keeps its matrices packed and runs from them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from moebius.formats import Packed, PackedProjection
+from moebius.kernels.routed_experts import routed_experts
+from moebius.runtime.packed_module import PackedMixin, PackedTensors, packed_of, swap
+from moebius.types import ExpertsLayout
+
+
+class ProjectionTensors(nn.Module):
+    """A :class:`PackedProjection` as submodules ``factor``, ``left`` and ``right``."""
+
+    def __init__(self, projection: PackedProjection) -> None:
+        super().__init__()
+        for part, packed in projection.parts().items():
+            self.add_module(part, PackedTensors(packed))
+
+    def packed(self) -> PackedProjection:
+        """The projection, over the buffers as they are now."""
+        parts: dict[str, Packed] = {part: packed_of(module) for part, module in self.named_children()}
+        return PackedProjection(**parts)
+
+
+class PackedExpertsMixin(PackedMixin):
+    """Runs the experts from their packed matrices. Biases, activation and gate are the module's own."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """As transformers' experts: (tokens, hidden), (tokens, top_k), (tokens, top_k) to (tokens, hidden)."""
+        gate_up, down = packed_projections(self)
+        module: Any = self
+        layout = packed_layout(self)
+        return routed_experts(
+            hidden_states,
+            top_k_index,
+            top_k_weights,
+            gate_up,
+            down,
+            module._apply_gate if layout.has_gate else module.act_fn,
+            getattr(module, f"{layout.gate_up_name}_bias") if layout.has_bias else None,
+            getattr(module, f"{layout.down_name}_bias") if layout.has_bias else None,
+        )
+
+
+def pack_experts(module: nn.Module, layout: ExpertsLayout, gate_up: PackedProjection, down: PackedProjection) -> None:
+    """Turn an experts module into a packed one, in place: its two parameters give way to packed buffers.
+
+    Args:
+        module: fused experts of transformers; may be on the meta device.
+        layout: what ``layout_of(module)`` says.
+        gate_up, down: the matrices as (experts, out, in), whatever the orientation of the parameters was. Meta tensors are
+            fine: a checkpoint is then loaded into the buffers.
+    """
+    for name, projection in ((layout.gate_up_name, gate_up), (layout.down_name, down)):
+        delattr(module, name)
+        module.add_module(name, ProjectionTensors(projection))
+    module.packed_layout = layout  # type: ignore[assignment]
+    swap(module, PackedExpertsMixin)
+
+
+def packed_layout(module: nn.Module) -> ExpertsLayout:
+    """The layout that the module was packed with."""
+    layout: Any = module.packed_layout
+    return layout
+
+
+def packed_projections(module: nn.Module) -> tuple[PackedProjection, PackedProjection]:
+    """``gate_up`` and ``down`` of a packed experts module."""
+    layout = packed_layout(module)
+    gate_up, down = module.get_submodule(layout.gate_up_name), module.get_submodule(layout.down_name)
+    assert isinstance(gate_up, ProjectionTensors) and isinstance(down, ProjectionTensors)
+    return gate_up.packed(), down.packed()
+
+
+def unpack_experts(module: PackedExpertsMixin, gate_up: Tensor, down: Tensor) -> None:
+    """Undo :func:`pack_experts` with these parameters, in the orientation that the module's own class wants."""
+    layout = packed_layout(module)
+    module.restore_class()
+    del module.packed_layout
+    for name, weight in ((layout.gate_up_name, gate_up), (layout.down_name, down)):
+        delattr(module, name)
+        module.register_parameter(name, nn.Parameter(weight, requires_grad=False))
