@@ -11,7 +11,7 @@ from typing import Any
 from moebius.hf.register import register
 from moebius.table import Table
 
-__all__ = ["CalibrationSettings", "Recipe", "dequantize", "quantize_model", "verify"]
+__all__ = ["CalibrationSettings", "Recipe", "dequantize", "quantize_model", "reference_path", "verify"]
 
 _NAMES = Table(
     "name in moebius",
@@ -20,6 +20,7 @@ _NAMES = Table(
         "Recipe": "moebius.recipe:Recipe",
         "dequantize": "moebius.hf.dequantize:dequantize",
         "quantize_model": "moebius.pipeline:quantize_model",
+        "reference_path": "moebius.reference_model:reference_path",
         "verify": "moebius.checkpoint.manifest:verify",
     },
 )

@@ -22,7 +22,7 @@ def _option(default: Any, help: str, choices: tuple[Any, ...] = ()) -> Any:
 class Recipe:
     """What to do to every expert matrix of a model. Build it with :meth:`make`, which knows each method's defaults."""
 
-    method: str = "mobie"
+    method: str = "moebius"
     bits: float = 1.0
     group_size: int = _option(128, "input channels that share one scale; 0: the whole row")
     side: str = _option("output", "where the shared factor of the joint SVD sits", ("output", "input", "hidden"))
@@ -34,13 +34,23 @@ class Recipe:
     nges: bool = _option(True, "null-space scaling of rows and columns so that routing does not shift")
     nges_lambda: float = _option(0.2, "pull of the null-space scales towards one (λ of Eq. 50)")
     nges_iterations: int = _option(15, "alternating updates of the null-space scales")
-    null_space_threshold: float = _option(1e-3, "eigenvalues below this share of the largest span the null space")
+    null_space_threshold: float = _option(1e-2, "eigenvalues below this share of the largest span the null space")
     salient_fraction: float = _option(0.05, "share of columns that get a second sign plane")
     alternations: int = _option(10, "alternating updates of row and column scales (Eq. 48)")
     error_feedback: bool = _option(True, "push the error of a block of columns into the columns after it")
-    block_size: int = _option(128, "columns per block of the error feedback, each with its own row scales")
+    block_size: int = _option(128, "columns per block of the error feedback: a matter of speed")
     damping: float = _option(0.01, "share of the mean diagonal added to every Hessian")
     layer_lean: float = _option(0.03, "how much an expert's Hessian leans on the mean of its layer (ρ)")
+    scale_bits: int = _option(5, "bits of the scale of a direction or an entry of a sign plane", (3, 4, 5, 6, 7, 8))
+    idre: bool = _option(True, "keep the directions that all experts share in 16 bit and quantize the rest (off: quantize all)")
+    klt: bool = _option(True, "find those directions in the coordinates of the inputs (off: in those of the weights)")
+    rank_share: float = _option(1 / 128, "how many of them, as a share of the input channels")
+    bcos: str = _option(
+        "mean_variance",
+        "give outputs their variance and their mean back, one of them, or what a regression says",
+        ("off", "mean", "variance", "mean_variance", "regression"),
+    )
+    allocation: str = _option("lagrangian", "solver that spreads bits over directions", ("lagrangian", "ilp"))
     gain: bool = _option(False, "scale each row so that its output keeps its variance")
     router: str = _option("keep", "keep the router in 16 bit, or binarize it with null-space scaling", ("keep", "binary"))
     shared_experts: int = _option(16, "bits of shared experts (rounded to nearest below 16)", (16, 8, 4, 3, 2))
@@ -104,18 +114,20 @@ class Recipe:
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """What a method reads of a recipe, and its bits: whole numbers in a range, or one fixed number."""
+    """What a method reads of a recipe, and its bits: multiples of ``step`` in a range (any number if it is 0), or one number."""
 
     options: frozenset[str]
     default_bits: float
-    low: int
-    high: int
+    low: float
+    high: float
+    step: float = 1
     overrides: dict[str, Any] = field(default_factory=dict)
     one_bit_overrides: dict[str, Any] = field(default_factory=dict)
 
     def check_bits(self, method: str, bits: float) -> None:
-        if bits != int(bits) or not self.low <= bits <= self.high:
-            wanted = f"{self.low}" if self.low == self.high else f"a whole number from {self.low} to {self.high}"
+        if not self.low <= bits <= self.high or (self.step and bits % self.step):
+            kind = {0: "a number", 1: "a whole number"}.get(self.step, f"a multiple of {self.step:g}")
+            wanted = f"{self.low:g}" if self.low == self.high else f"{kind} from {self.low:g} to {self.high:g}"
             raise RecipeError(f"method {method!r}: got {bits:g} bits, wanted {wanted}")
 
     def defaults(self, bits: float) -> dict[str, Any]:
@@ -127,7 +139,13 @@ _EVERY_METHOD = frozenset(
     | {"damping", "layer_lean"}
 )
 
+_VECTORS = {"idre", "klt", "rank_share", "bcos", "error_feedback"}
+_GROUPED_SIGNS = {"group_size", "salient_fraction", "glas", "glas_groups", "nges"}
+
 METHOD_OPTIONS = {
+    "moebius": MethodOptions(
+        _EVERY_METHOD | {"block_size", "scale_bits"}, default_bits=1, low=0.3, high=4, step=0, overrides={"gain": True}
+    ),
     "mobie": MethodOptions(
         _EVERY_METHOD
         | {"side", "rank", "shared_bits", "cejd", "glas", "glas_groups", "nges", "salient_fraction"}
@@ -141,12 +159,37 @@ METHOD_OPTIONS = {
     "gptq": MethodOptions(
         _EVERY_METHOD | {"group_size", "block_size"}, default_bits=2, low=1, high=8, one_bit_overrides={"group_size": 0}
     ),
+    # Codes stand for four weights each: quarters of a bit are whole bits of a code.
+    "gptvq": MethodOptions(
+        _EVERY_METHOD | _VECTORS, default_bits=2, low=1, high=3, step=0.25, overrides={"idre": False, "bcos": "off"}
+    ),
+    "kbvq": MethodOptions(_EVERY_METHOD | _VECTORS, default_bits=2, low=1, high=3, step=0.25),
+    "bitsmoe": MethodOptions(
+        _EVERY_METHOD | {"group_size", "rank", "shared_bits", "allocation"},
+        default_bits=2,
+        low=0.5,
+        high=8,
+        step=0,
+        overrides={"shared_bits": 16},
+    ),
+    # What they store for a matrix depends on its shape; about two and a half bits.
+    "billm": MethodOptions(
+        _EVERY_METHOD | _GROUPED_SIGNS, default_bits=1, low=1, high=1, overrides={"glas": False, "nges": False}
+    ),
+    "arb": MethodOptions(
+        _EVERY_METHOD | _GROUPED_SIGNS | {"alternations"},
+        default_bits=1,
+        low=1,
+        high=1,
+        overrides={"glas": False, "nges": False},
+    ),
 }
 
 _RANGES: dict[str, tuple[float, float]] = {
     "group_size": (0, 1 << 20),
     "rank": (0, 1 << 20),
     "glas_groups": (1, 1 << 20),
+    "rank_share": (0.0, 1.0),
     "nges_lambda": (0.0, 1e6),
     "nges_iterations": (0, 1000),
     "null_space_threshold": (0.0, 1.0),

@@ -55,6 +55,7 @@ def test_directions_that_no_expert_uses_do_not_blow_up(side: str, bits: int) -> 
     basis = joint_basis(weight, side=side, bits=bits)
     factors = basis.factors(weight)
     assert torch.isfinite(factors).all()
+    assert basis.shared.any(0 if side == "output" else 1).sum() == {"output": 6, "input": 2}[side]
     assert (rebuilt(basis, weight) - weight).norm() < {16: 1e-3, 8: 2e-2, 4: 0.3}[bits] * weight.norm()
     zeros = joint_basis(torch.zeros(2, 4, 4), side=side, bits=bits)
     assert not zeros.factors(torch.zeros(2, 4, 4)).any()

@@ -9,9 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.tiny import ARCHITECTURES, save_tiny, tiny_model
+from transformers.core_model_loading import Chunk, WeightConverter
 
+from moebius.checkpoint import names
 from moebius.checkpoint.names import expert_tensor_names
 from moebius.checkpoint.reader import SourceCheckpoint
+from moebius.checkpoint.shards import StoredTensor
 from moebius.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
 from moebius.models.load import describe
 
@@ -35,12 +38,12 @@ def test_expert_tensors_of_every_architecture(name: str, tmp_path: Path) -> None
     checkpoint = SourceCheckpoint.open(save_tiny(name, tmp_path / name))
     moe = describe(tiny_model(name).to(torch.bfloat16))
     modules = [f"{layer.name}.{p}" for layer in moe.moe_layers for p in (layer.layout.gate_up_name, layer.layout.down_name)]
-    names = expert_tensor_names(checkpoint, moe.model, modules)
+    stored = expert_tensor_names(checkpoint, moe.model, modules)
 
     def content(tensors: list[torch.Tensor]) -> list[int]:
         return torch.cat([t.reshape(-1) for t in tensors]).view(torch.int16).sort().values.tolist()
 
-    assert content([checkpoint.load(n) for n in names]) == content([moe.model.get_parameter(m) for m in modules])
+    assert content([checkpoint.load(n) for n in stored]) == content([moe.model.get_parameter(m) for m in modules])
 
 
 def test_names_of_experts_and_linears(olmoe: Path) -> None:
@@ -50,6 +53,20 @@ def test_names_of_experts_and_linears(olmoe: Path) -> None:
     assert got == {f"{experts}.{e}.down_proj.weight" for e in range(8)} | {"model.layers.0.mlp.gate.weight"}
     with pytest.raises(CheckpointError, match=r"model\.layers\.9\.mlp\.gate\.weight"):
         expert_tensor_names(checkpoint, model, ["model.layers.9.mlp.gate"])
+
+
+def test_a_tensor_that_holds_several_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = "model.layers.0.self_attn"
+    parts = [f"self_attn.{part}_proj.weight" for part in "qkv"]
+    fused = WeightConverter("self_attn.qkv.weight", parts, [Chunk(dim=0)])
+    monkeypatch.setattr(names, "get_model_conversion_mapping", lambda model: [fused])
+    model, stored = tiny_model("olmoe"), f"{attention}.qkv.weight"
+    modules = [f"{attention}.{part}_proj" for part in "qkv"]
+    assert names.parameters_of([stored], model) == {stored: {f"{module}.weight" for module in modules}}
+    checkpoint = SourceCheckpoint(Path(), {}, {stored: StoredTensor(stored, "F32", (), Path(), 0, 4)})
+    assert expert_tensor_names(checkpoint, model, modules) == {stored}
+    with pytest.raises(UnsupportedModelError, match=rf"{stored}: holds {modules[1]}\.weight, which is packed"):
+        expert_tensor_names(checkpoint, model, modules[1:2])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -13,7 +13,8 @@ import pytest
 import torch
 from tests.packed import save_packed_tiny
 from tests.tiny import ARCHITECTURES
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, MixtralForCausalLM, PreTrainedModel
+from transformers.core_model_loading import Transpose, WeightConverter
 
 import moebius
 from moebius.checkpoint.manifest import verify
@@ -33,7 +34,7 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 
 
 CASES = [(name, torch.float32) for name in ARCHITECTURES]
-CASES += [(name, torch.bfloat16) for name in ("olmoe", "gpt_oss", "nemotron_h")]  # a router in float32, biases, both
+CASES += [(name, torch.bfloat16) for name in ("olmoe", "gpt_oss", "nemotron_h", "jamba")]
 
 
 @pytest.mark.parametrize(("name", "dtype"), CASES)
@@ -136,3 +137,22 @@ def test_registration_in_any_order(program: str) -> None:
     check = "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m; print(m['moebius'].__name__)"
     done = subprocess.run([sys.executable, "-c", f"{program}\n{check}"], capture_output=True, text=True, check=False)
     assert done.stdout == "MoebiusQuantizer\n", done.stderr
+
+
+def test_converters_for_fused_experts_leave_packed_tensors_alone(packed: Path) -> None:
+    model = load(packed)
+    fused = WeightConverter("mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj", [Transpose(1, 2)])
+    other = WeightConverter("self_attn.qkv", "self_attn.fused", [Transpose(0, 1)])
+    transforms = model.hf_quantizer.update_weight_conversions([fused, other], model)
+    assert transforms == [fused, other] and not fused.was_used()
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    assert fused.rename_source_key(f"{name}.factor.signs") == (f"{name}.factor.signs", None)
+    assert fused.rename_source_key(name) == (name, "mlp.experts.gate_up_proj")
+    assert other.rename_source_key("self_attn.qkv") == ("self_attn.fused", "self_attn.qkv")
+
+
+def test_modules_kept_in_float32_do_not_cast_packed_tensors(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MixtralForCausalLM, "_keep_in_fp32_modules_strict", {"experts", "input_layernorm"})
+    model = load(packed, torch.bfloat16)
+    assert model.model.layers[0].input_layernorm.weight.dtype == torch.float32
+    assert model.state_dict()["model.layers.0.mlp.experts.down_proj.factor.scales"].dtype == torch.float16

@@ -105,11 +105,12 @@ def test_experts_without_tokens_lean_on_their_layer(name: str) -> None:
     quantized(recipe, unseen=(0, 1, 2, 3)).check("layer")  # a layer that no token reached at all
 
 
+@pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("name", METHODS)
-def test_chunks_of_experts_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_of_experts_change_nothing(name: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Recipe.make(name, gain=True)
     whole = quantized(recipe).unpack()
-    monkeypatch.setattr(base, "_CHUNK_BYTES", 8 * INPUTS * INPUTS * 3)
+    monkeypatch.setattr(base, "_CHUNK_BYTES", 8 * INPUTS * INPUTS * size)
     assert torch.allclose(quantized(recipe).unpack(), whole, atol=1e-4)
 
 
@@ -213,6 +214,7 @@ def test_linear_layers_are_rounded(bits: int) -> None:
         packed = quantize_linear(weight, bits)
         packed.check("layer")
         assert plan_linear(shape, bits).spec() == packed.spec()
+        assert packed.tensors()["scales"].shape == (1, shape[0], -(-shape[1] // 128))
         error = (packed.unpack()[0] - weight).norm() / weight.norm()
         assert error < 2 / (2**bits - 1)
 

@@ -28,6 +28,7 @@ class ProjectionSums:
         left: shared left factor ``A`` (outputs, rank). The gradient at the expert factor's output is then ``Aᵀ δ``, and so are
             the channels of ``S`` and ``γ``.
         output_fisher: whether to sum ``G = Σ δ δᵀ`` too.
+        weighted_moments: whether to sum ``S`` where there are gradients; it takes as much as ``C``.
         device: where the sums are kept.
     """
 
@@ -40,6 +41,7 @@ class ProjectionSums:
         glas_groups: int | None,
         left: Tensor | None = None,
         output_fisher: bool = False,
+        weighted_moments: bool = True,
         device: torch.device | str = "cpu",
     ) -> None:
         self._tokens = torch.zeros(experts, dtype=torch.int64, device=device)
@@ -57,7 +59,8 @@ class ProjectionSums:
             groups = min(glas_groups, channels)
             members = torch.nn.functional.one_hot(group_of_channel(channels, groups), groups).float()  # (channels, groups)
             self._average = (members / members.sum(0)).to(device)
-            self._weighted = torch.zeros(experts, groups, inputs, inputs, device=device)
+            if weighted_moments:
+                self._weighted = torch.zeros(experts, groups, inputs, inputs, device=device)
             self._fisher = torch.zeros(experts, channels, device=device)
             if output_fisher:
                 self._output_fisher = torch.zeros(outputs, outputs, device=device)
@@ -76,7 +79,7 @@ class ProjectionSums:
             if self._output_fisher is not None:
                 self._output_fisher.addmm_(gradient.T, gradient)
             squares = (gradient if self._left is None else gradient @ self._left).square()  # (rows, channels)
-            weights = squares @ self._average  # s, (rows, groups)
+            weights = squares @ self._average if self._weighted is not None else None  # s, (rows, groups)
         self._tokens += assignment.counts
         hessians = 1 if self._weighted is None else self._weighted.shape[1]
         width = inputs.shape[-1]
@@ -84,8 +87,9 @@ class ProjectionSums:
             x = batch.gather(inputs)  # (batch, longest, in)
             self._sum.index_add_(0, batch.experts, x.sum(1))
             self._moment.index_add_(0, batch.experts, x.mT @ x)
-            if squares is not None and weights is not None and self._weighted is not None and self._fisher is not None:
+            if squares is not None and self._fisher is not None:
                 self._fisher.index_add_(0, batch.experts, batch.gather(squares).sum(1))
+            if weights is not None and self._weighted is not None:
                 weighted = (batch.gather(weights).unsqueeze(-1) * x.unsqueeze(2)).flatten(2)  # (batch, longest, groups * in)
                 self._weighted.index_add_(0, batch.experts, (weighted.mT @ x).unflatten(1, (hessians, width)))
 

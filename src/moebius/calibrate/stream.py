@@ -44,6 +44,7 @@ class StatisticsRequest:
             have one; their ``S`` and ``γ`` are then those of ``Aᵀ δ``. ``G`` and ``φ`` are always those of ``δ``.
         router_moment: sum ``x xᵀ`` over what met the router, where the model has a router that can be found.
         output_fisher: sum ``G`` at ``down``.
+        weighted_moments: sum ``S`` where there are gradients.
     """
 
     gradients: bool
@@ -51,6 +52,7 @@ class StatisticsRequest:
     left_factors: Callable[[ExpertWeights], dict[str, Tensor]] | None = None
     router_moment: bool = False
     output_fisher: bool = False
+    weighted_moments: bool = True
 
 
 def stream_statistics(
@@ -206,6 +208,7 @@ class _LayerSums:
                 glas_groups=request.glas_groups if request.gradients else None,
                 left=left.get(name),
                 output_fisher=request.output_fisher and name == "down",
+                weighted_moments=request.weighted_moments,
                 device=weights.down.device,
             )
         self.router_moment: Tensor | None = None

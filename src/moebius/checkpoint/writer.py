@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+from torch import Tensor
+
 from moebius.checkpoint.manifest import MANIFEST_NAME, manifest_text
 from moebius.checkpoint.reader import SourceCheckpoint
 from moebius.checkpoint.shards import INDEX_NAME, MemoryTensor, StoredTensor, byte_count, read_shard, write_shard, write_text
@@ -23,6 +26,25 @@ REST_SHARD_BYTES = 2_000_000_000
 # Weights in any format, what this module writes itself, and the model card, which describes another model.
 _NOT_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"}
 _WRITTEN_HERE = {"config.json", MANIFEST_NAME, INDEX_NAME, "README.md", "pytorch_model.bin.index.json"}
+
+
+class KeptTensors(Mapping[str, Tensor]):
+    """The tensors of a file by name, each read when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._names = path, tuple(read_shard(path))
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        with safe_open(self._path, "pt") as file:
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 class CheckpointWriter:
@@ -41,7 +63,7 @@ class CheckpointWriter:
     def __init__(self, out: Path) -> None:
         self.out = Path(out).expanduser().absolute()
         self.work = self.out.parent / f".{self.out.name}.partial"
-        self._payload, self._records = self.work / "checkpoint", self.work / "records"
+        self._payload, self._records, self._kept = (self.work / part for part in ("checkpoint", "records", "kept"))
         self._key = ""
         if self.out.exists() and not self.out.is_dir():
             raise OutputError(f"{self.out}: is a file; give a folder that does not exist or is empty")
@@ -89,6 +111,21 @@ class CheckpointWriter:
         sources = [MemoryTensor(f"{path}.{key}", t) for path, p in packed.items() for key, t in p.tensors().items()]
         specs = {path: p.spec() for path, p in packed.items()}
         self._write_recorded(f"packed-{name}", sources, {"name": name, "entry": entry, "modules": specs})
+
+    def keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Remember tensors until the checkpoint is complete, also over a resumption.
+
+        Raises:
+            OutputError: the disk is full or not writable.
+        """
+        with self._writing():
+            self._kept.mkdir(exist_ok=True)
+            write_shard(self._kept / f"{name}.safetensors", [MemoryTensor(key, tensor) for key, tensor in tensors.items()])
+
+    def kept(self, name: str) -> Mapping[str, Tensor] | None:
+        """What :meth:`keep` was given under a name, each tensor read when it is asked for; None if nothing was."""
+        path = self._kept / f"{name}.safetensors"
+        return KeptTensors(path) if path.is_file() else None
 
     def copy_rest(self, checkpoint: SourceCheckpoint, exclude: Collection[str]) -> None:
         """Copy all other tensors bit for bit under their own names, a few megabytes in memory at a time.

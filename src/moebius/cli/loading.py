@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 import moebius  # noqa: F401  registers packed checkpoints with transformers
-from moebius.checkpoint.reader import SourceCheckpoint
+from moebius.checkpoint.reader import SourceCheckpoint, locate
 from moebius.errors import CheckpointError, MoebiusError
 from moebius.evaluate.size import is_packed
 
@@ -50,9 +50,9 @@ def checkpoint_folder(source: str | Path) -> Path:
     Raises:
         MoebiusError: no such model, or a checkpoint that is damaged.
     """
-    path = Path(source).expanduser()
+    folder = locate(source)
     # A packed checkpoint is checked against its manifest by what loads it.
-    return path if is_packed(path) else SourceCheckpoint.open(source).folder
+    return folder if is_packed(folder) else SourceCheckpoint.open(folder).folder
 
 
 def quiet_transformers() -> None:

@@ -19,7 +19,7 @@ from moebius.cli.options import (
     recipe_from,
 )
 from moebius.cli.output import print_json, print_tables
-from moebius.recipe import CalibrationSettings
+from moebius.recipe import CalibrationSettings, Recipe
 from moebius.report.tables import TextTable, number
 from moebius.report.tables import size as bytes_text
 
@@ -44,7 +44,7 @@ def plan(
             show_default=False,
         ),
     ] = None,
-    method: Method = "mobie",
+    method: Method = Recipe.method,
     bits: Bits = None,
     set_: Set = None,
     windows: Windows = CalibrationSettings.windows,

@@ -43,7 +43,7 @@ moebius quantize ./model --method gptq --bits 2 --calibration wikitext2 --window
 
 def quantize(
     model: Model = None,
-    method: Method = "mobie",
+    method: Method = Recipe.method,
     bits: Bits = None,
     set_: Set = None,
     calibration: Calibration = CalibrationSettings.text,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def null_space_scales(
-    weight: Tensor, approximation: Tensor, projector: Tensor, *, pull: float, iterations: int
+    weight: Tensor, approximation: Tensor, projector: Tensor, *, pull: float, iterations: int, rows_only: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Factors for rows and columns that minimize Eq. 50, ``‖Δ − β_r Ŵ β_c‖² + λ (‖β_r − 1‖² + ‖β_c − 1‖²)``.
 
@@ -20,6 +20,7 @@ def null_space_scales(
         projector: ``P`` (experts, columns, columns), see :func:`moebius.linalg.eigen.null_space_projector`.
         pull: λ.
         iterations: updates of both.
+        rows_only: leave the columns at one, for formats that have no place for their factors.
 
     Returns:
         ``β_r`` (experts, rows) and ``β_c`` (experts, columns).
@@ -29,6 +30,8 @@ def null_space_scales(
     rows, columns = torch.ones_like(weight[:, :, 0]), torch.ones_like(weight[:, 0])
     for _ in range(iterations):
         rows = _closed_form(agreement, energy, columns, pull)
+        if rows_only:
+            break
         columns = _closed_form(agreement.mT, energy.mT, rows, pull)
     return rows, columns
 

@@ -156,12 +156,13 @@ def _size_after(moe: MoeModel, before: ModelSize, recipe: Recipe) -> ModelSize:
 
 
 def _peak_memory(moe: MoeModel, recipe: Recipe, calibration: CalibrationSettings, top_k: int | None) -> PeakMemory:
-    needs = METHODS[recipe.method].needs(recipe)
+    needs = METHODS[recipe.method].most_needed(recipe)
     binary_router = recipe.router == "binary"
     if binary_router and needs == "nothing":
         needs = "inputs"
     looks, gradients = needs != "nothing", needs == "gradients"
-    groups = recipe.glas_groups if gradients else 0
+    # A survey looks at gradients, but not at Hessians that they weigh.
+    groups = recipe.glas_groups if gradients and METHODS[recipe.method].survey is None else 0
     shapes = [[_shape(layer, projection) for projection in PROJECTIONS] for layer in moe.moe_layers]
     tokens = calibration.windows * calibration.window_length
     rows = min(calibration.windows, _BATCH) * calibration.window_length * (top_k or 1)

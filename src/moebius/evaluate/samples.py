@@ -10,8 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 #: They suit a model that has read nothing but Python's documentation and sources, as the reference model has.
 PROMPTS = (
     'def read_lines(path, encoding="utf-8"):\n    """',
-    "The import statement ",
-    "class Queue:\n    def __init__(self",
+    'def is_prime(number):\n    """Return True if',
+    'class Stack:\n    """A',
 )
 
 

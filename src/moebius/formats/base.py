@@ -17,9 +17,14 @@ from moebius.table import Table
 FORMATS = Table(
     "format",
     {
+        "codebook": "moebius.formats.codebook:Codebook",
         "dense": "moebius.formats.dense:Dense",
+        "graded": "moebius.formats.graded:Graded",
+        "grouped_signs": "moebius.formats.grouped_signs:GroupedSigns",
         "integers": "moebius.formats.integers:Integers",
+        "planes": "moebius.formats.planes:Planes",
         "signs": "moebius.formats.signs:Signs",
+        "spectral": "moebius.formats.spectral:Spectral",
     },
 )
 

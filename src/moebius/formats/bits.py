@@ -24,7 +24,7 @@ def pack(values: Tensor, bits: int) -> Tensor:
 
     Args:
         values: (..., columns), any integer or bool type, each value in ``[0, 2**bits)``.
-        bits: 1 to 8.
+        bits: 1 to 16.
 
     Returns:
         uint8 (..., packed_width(columns, bits)).
@@ -32,21 +32,21 @@ def pack(values: Tensor, bits: int) -> Tensor:
     Raises:
         ShapeError: if a value does not fit.
     """
-    columns = values.shape[-1]
-    values = values.to(torch.uint8)
-    if bits < 8 and values.numel() and int(values.max()) >> bits:
+    columns, kind = values.shape[-1], _holding(bits)
+    values = values.to(kind)
+    if bits != 8 and values.numel() and int(values.max()) >> bits:
         raise ShapeError(f"pack: got a value of {int(values.max())}, wanted less than 2**{bits}")
     if bits == 8:
         return values.contiguous()
-    shifts = torch.arange(bits, dtype=torch.uint8, device=values.device)
-    stream = ((values.unsqueeze(-1) >> shifts) & 1).flatten(-2)  # (..., columns * bits), lowest bit first
+    shifts = torch.arange(bits, dtype=kind, device=values.device)
+    stream = ((values.unsqueeze(-1) >> shifts) & 1).to(torch.uint8).flatten(-2)  # (..., columns * bits), lowest bit first
     stream = torch.nn.functional.pad(stream, (0, packed_width(columns, bits) * 8 - columns * bits))
     weights = 1 << torch.arange(8, dtype=torch.uint8, device=values.device)
     return (stream.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
 
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """The inverse of :func:`pack`: uint8 (..., columns).
+    """The inverse of :func:`pack`: (..., columns), uint8 up to 8 bits and int32 beyond.
 
     Raises:
         ShapeError: if the bytes are not as many as ``columns`` values take.
@@ -62,8 +62,13 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
         return values.view(*packed.shape[:-1], packed.shape[-1] * 8 // bits)[..., :columns]
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     stream = ((packed.unsqueeze(-1) >> shifts) & 1).flatten(-2)[..., : columns * bits].unflatten(-1, (columns, bits))
-    weights = 1 << torch.arange(bits, dtype=torch.uint8, device=packed.device)
-    return (stream * weights).sum(-1, dtype=torch.uint8)
+    weights = 1 << torch.arange(bits, dtype=_holding(bits), device=packed.device)
+    return (stream * weights).sum(-1, dtype=weights.dtype)
+
+
+def _holding(bits: int) -> torch.dtype:
+    """A type for values of this many bits."""
+    return torch.uint8 if bits <= 8 else torch.int32
 
 
 @cache

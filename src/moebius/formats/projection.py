@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moebius.formats.base import Packed, empty_like_spec, from_tensors
 
-_PARTS = ("factor", "left", "right")
+_PARTS = ("factor", "left", "right", "bias")
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,13 @@ class PackedProjection:
         factor: (experts, rows, columns).
         left: shared, batch 1: (1, out, rows), or None.
         right: shared, batch 1: (1, columns, in), or None.
+        bias: what each expert adds to its outputs, (experts, 1, out), or None. It comes on top of a bias that the module has.
     """
 
     factor: Packed
     left: Packed | None = None
     right: Packed | None = None
+    bias: Packed | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -64,7 +66,7 @@ class PackedProjection:
 
     def shared_bits(self) -> int:
         """Bits of the shared factors alone."""
-        return self.stored_bits() - self.factor.stored_bits()
+        return sum(packed.stored_bits() for packed in (self.left, self.right) if packed is not None)
 
     def check(self, where: str) -> None:
         """See :meth:`Packed.check`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -22,6 +22,22 @@ def no_left_factor(weight: Tensor, recipe: Recipe, projection: str) -> Tensor | 
 
 
 @dataclass(frozen=True)
+class Survey:
+    """How a method looks at a whole model before it quantizes the first layer.
+
+    Attributes:
+        look: as ``Method.quantize``, to what must be remembered of the projection: tensors by name, kept on disk.
+        share_out: from what was remembered of every projection of every layer, in order, to what each is given, in the same
+            order. Tensors are read when they are asked for.
+        needs: what ``look`` wants of calibration: ``"inputs"`` or ``"gradients"``.
+    """
+
+    look: Callable[[Tensor, ProjectionStats, Recipe, str], dict[str, Tensor]]
+    share_out: Callable[[Sequence[Mapping[str, Tensor]], Recipe], list[dict[str, Tensor]]]
+    needs: Callable[[Recipe], str]
+
+
+@dataclass(frozen=True)
 class Method:
     """One way to quantize the experts of a projection.
 
@@ -33,12 +49,20 @@ class Method:
         needs: what a recipe wants of calibration: ``"nothing"``, ``"inputs"`` or ``"gradients"``.
         left_factor: the shared left factor ``A`` (out, rank) of these weights where the expert factors sit behind one, so
             that calibration can gather ``Aᵀδ``; None elsewhere.
+        survey: for methods that look at the whole model first. Their ``quantize`` takes ``survey``, what was remembered of
+            the projection, and ``share``, what it was given.
     """
 
-    quantize: Callable[[Tensor, ProjectionStats | None, Recipe, str], PackedProjection]
+    quantize: Callable[..., PackedProjection]
     plan: Callable[[tuple[int, int, int], Recipe, str], PackedProjection]
     needs: Callable[[Recipe], str]
     left_factor: Callable[[Tensor, Recipe, str], Tensor | None] = no_left_factor
+    survey: Survey | None = None
+
+    def most_needed(self, recipe: Recipe) -> str:
+        """What calibration must gather at its most demanding: ``"nothing"``, ``"inputs"`` or ``"gradients"``."""
+        wants = [self.needs(recipe), *([self.survey.needs(recipe)] if self.survey else [])]
+        return max(wants, key=("nothing", "inputs", "gradients").index)
 
 
 def in_chunks(experts: int, inputs: int, quantize: Callable[[slice], Packed]) -> Packed:
@@ -49,5 +73,10 @@ def in_chunks(experts: int, inputs: int, quantize: Callable[[slice], Packed]) ->
         inputs: width of their Hessians.
         quantize: called with slices that cover the experts in order.
     """
+    return concatenate([quantize(chunk) for chunk in chunks(experts, inputs)])
+
+
+def chunks(experts: int, inputs: int) -> list[slice]:
+    """Slices that cover the experts in order, each with as many as have Hessians that fit into memory."""
     step = max(1, _CHUNK_BYTES // (8 * inputs * inputs))
-    return concatenate([quantize(slice(start, min(start + step, experts))) for start in range(0, experts, step)])
+    return [slice(start, min(start + step, experts)) for start in range(0, experts, step)]

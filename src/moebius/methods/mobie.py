@@ -31,7 +31,7 @@ def quantize(weight: Tensor, stats: ProjectionStats | None, recipe: Recipe, proj
     basis = _basis(weight, recipe, projection)
     factors = basis.factors(weight) if basis else weight
     moments = _Moments(stats.second_moment, basis, recipe)
-    weighted = _Moments(stats.weighted_moment, basis, recipe) if recipe.glas and stats.weighted_moment is not None else None
+    weighted = _Moments(stats.weighted_moment, basis, recipe) if recipe.glas else None
 
     def binarize(chunk: slice) -> Packed:
         factor, hessian = factors[chunk], moments.conditioned(chunk)
@@ -91,7 +91,8 @@ def _basis(weight: Tensor, recipe: Recipe, projection: str) -> JointBasis | None
 class _Moments:
     """Sums over tokens of outer products of inputs, in the coordinates of the expert factors, some experts at a time."""
 
-    def __init__(self, moments: Tensor, basis: JointBasis | None, recipe: Recipe) -> None:
+    def __init__(self, moments: Tensor | None, basis: JointBasis | None, recipe: Recipe) -> None:
+        assert moments is not None, "calibration did not gather what needs() asked for"
         self.moments, self.recipe = moments, recipe
         self.right = basis.shared if basis and basis.side == "input" else None
         self.layer = self._turn(layer_mean(moments))

@@ -70,7 +70,8 @@ def quantize_model(
     checkpoint.check_finite(checkpoint.names(), progress)
     moe = load_moe_model(checkpoint.folder)
     job = _Job(moe, recipe, device)
-    check_coverage(moe, job.expert_parameters())  # before hours are spent
+    check_coverage(moe, job.expert_parameters())  # now, and not after hours; the same for a checkpoint of another model
+    expert_tensor_names(checkpoint, moe.model, job.expert_parameters())
     windows = None if job.needs == "nothing" else _windows(checkpoint.folder, calibration)
     settings: dict[str, Any] = {"recipe": recipe.to_dict()}
     if windows is not None:
@@ -78,6 +79,9 @@ def quantize_model(
     writer.begin({"source": checkpoint.fingerprint(), "format_version": FORMAT_VERSION, **settings})
     clock.lap("load")
 
+    if job.method.survey is not None and windows is not None:
+        job.survey(windows, writer, progress)
+        clock.lap("survey")
     for name, packed, entry in job.packed_layers(windows, writer.entries().keys(), progress):
         writer.write_layer(name, packed, entry)
     clock.lap("calibrate and quantize")
@@ -103,6 +107,31 @@ class _Job:
         self.method: Method = METHODS[recipe.method]
         self.binary_router = recipe.router == "binary"
         self.needs = "inputs" if self.binary_router and self.method.needs(recipe) == "nothing" else self.method.needs(recipe)
+        self._shares: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def survey(self, windows: Tensor, writer: CheckpointWriter, progress: Progress) -> None:
+        """Look at every layer once, and divide what there is to give. What was seen is kept with the unfinished checkpoint."""
+        survey = self.method.survey
+        assert survey is not None
+        layers = {layer.name: layer for layer in self.moe.moe_layers}
+        # The second projection is kept last: with it, the layer is complete.
+        seen = [name for name in layers if writer.kept(f"{name}.{PROJECTIONS[-1]}") is not None]
+        gradients = survey.needs(self.recipe) == "gradients"
+        request = StatisticsRequest(gradients, output_fisher=gradients, weighted_moments=False)
+        for stats in stream_statistics(self.moe, windows, request, skip=seen, progress=progress):
+            layer = layers[stats.name]
+            weights = read_weights(layer.name, layer.experts)
+            for projection in PROJECTIONS:
+                weight, of_projection = weights.projection(projection), stats.projection(projection)
+                found = survey.look(weight.to(self.device), of_projection.to(self.device), self.recipe, projection)
+                writer.keep(f"{layer.name}.{projection}", {name: tensor.cpu() for name, tensor in found.items()})
+            del stats, of_projection  # one layer's statistics in memory, not two
+        places = [(name, projection) for name in layers for projection in PROJECTIONS]
+        surveys = [kept for name, projection in places if (kept := writer.kept(f"{name}.{projection}")) is not None]
+        progress.stage("sharing out the bits", 1)
+        for place, kept, share in zip(places, surveys, survey.share_out(surveys, self.recipe), strict=True):
+            self._shares[place] = {"survey": kept, "share": share}
+        progress.advance(f"{len(places)} projections")
 
     def packed_layers(
         self, windows: Tensor | None, finished: Collection[str], progress: Progress
@@ -162,7 +191,8 @@ class _Job:
         for projection in PROJECTIONS:
             weight = weights.projection(projection).to(self.device)
             seen = None if stats is None else stats.projection(projection).to(self.device)
-            packed[paths[projection]] = self.method.quantize(weight, seen, self.recipe, projection)
+            share = self._shares.get((layer.name, projection), {})
+            packed[paths[projection]] = self.method.quantize(weight, seen, self.recipe, projection, **share)
         entry = _layer_entry(weights, stats, sum(p.stored_bits() for p in packed.values()))
         if self.binary_router:
             if layer.router_name is None or stats is None or stats.router_moment is None:

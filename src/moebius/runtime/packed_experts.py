@@ -13,7 +13,7 @@ from moebius.types import ExpertsLayout
 
 
 class ProjectionTensors(nn.Module):
-    """A :class:`PackedProjection` as submodules ``factor``, ``left`` and ``right``."""
+    """A :class:`PackedProjection` as submodules ``factor``, ``left``, ``right`` and ``bias``."""
 
     def __init__(self, projection: PackedProjection) -> None:
         super().__init__()
@@ -41,9 +41,17 @@ class PackedExpertsMixin(PackedMixin):
             gate_up,
             down,
             module._apply_gate if layout.has_gate else module.act_fn,
-            getattr(module, f"{layout.gate_up_name}_bias") if layout.has_bias else None,
-            getattr(module, f"{layout.down_name}_bias") if layout.has_bias else None,
+            _bias(gate_up, getattr(module, f"{layout.gate_up_name}_bias") if layout.has_bias else None),
+            _bias(down, getattr(module, f"{layout.down_name}_bias") if layout.has_bias else None),
         )
+
+
+def _bias(projection: PackedProjection, own: Tensor | None) -> Tensor | None:
+    """What the experts add to the outputs of a projection, (experts, out): the module's own bias and the packed one."""
+    if projection.bias is None:
+        return own
+    packed = projection.bias.unpack().squeeze(1)
+    return packed if own is None else packed + own.float()
 
 
 def pack_experts(module: nn.Module, layout: ExpertsLayout, gate_up: PackedProjection, down: PackedProjection) -> None:

@@ -1,0 +1,1 @@
+"""How many bits each unit gets under one budget."""

@@ -1,0 +1,109 @@
+"""Vector quantization: every few columns of a row are one entry of a codebook that the matrix has to itself (GPTVQ, KBVQ-MoE).
+
+``W = diag(row_scales) · (loadings · directions + entries)``: what the codes stand for, on top of a few directions that all
+matrices share and that stay in 16 bit (IDRE, KBVQ-MoE Eq. 4 and 6). Both of these extras are optional.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moebius.formats.base import Packed
+from moebius.formats.bits import pack, packed_width, unpack
+
+
+@dataclass(frozen=True)
+class Codebook(Packed):
+    """Codes of ``code_bits`` bits, each for ``length`` columns.
+
+    Attributes:
+        length: columns per code; the last vector of a row may reach beyond its end.
+        rank: directions that all matrices share; 0 for none.
+        row_scaled: whether rows have scales.
+        codes: uint8 (batch, rows, packed_width(vectors per row, code_bits)).
+        codebooks: float16 (batch, 2**code_bits, length).
+        row_scales: float16 (batch, rows), or None.
+        loadings: float16 (batch, rows, rank), or None.
+        directions: float16 (1, rank, columns), or None.
+    """
+
+    name = "codebook"
+
+    code_bits: int = 8
+    length: int = 4
+    rank: int = 0
+    row_scaled: bool = False
+    codes: Tensor | None = None
+    codebooks: Tensor | None = None
+    row_scales: Tensor | None = None
+    loadings: Tensor | None = None
+    directions: Tensor | None = None
+
+    @classmethod
+    def pack(cls, codes: Tensor, codebooks: Tensor, columns: int) -> Codebook:
+        """Pack codes.
+
+        Args:
+            codes: (batch, rows, vectors per row), values below the number of entries.
+            codebooks: (batch, entries, length); a power of two of entries.
+            columns: of the matrices.
+        """
+        batch, entries, length = codebooks.shape
+        bits = (entries - 1).bit_length()
+        return cls(
+            batch,
+            codes.shape[1],
+            columns,
+            bits,
+            length,
+            codes=pack(codes, bits),
+            codebooks=codebooks.half().contiguous(),
+        )
+
+    def with_shared(self, loadings: Tensor, directions: Tensor) -> Codebook:
+        """The same codes on top of shared directions.
+
+        Args:
+            loadings: (batch, rows, rank).
+            directions: (rank, columns).
+        """
+        return self.replace(
+            rank=len(directions), loadings=loadings.half().contiguous(), directions=directions.half()[None].contiguous()
+        )
+
+    def with_row_scales(self, row_scales: Tensor) -> Codebook:
+        """The same matrices with a scale (batch, rows) for each row."""
+        return self.replace(row_scaled=True, row_scales=row_scales.half().contiguous())
+
+    @property
+    def vectors(self) -> int:
+        """Codes per row."""
+        return -(-self.columns // self.length)
+
+    def unpack(self, index: Tensor | None = None) -> Tensor:
+        assert self.codes is not None and self.codebooks is not None
+        pick = slice(None) if index is None else index
+        codes = unpack(self.codes[pick], self.code_bits, self.vectors).long().flatten(1)  # (chosen, rows * vectors)
+        books = self.codebooks[pick].float()
+        entries = books.gather(1, codes.unsqueeze(2).expand(-1, -1, self.length))
+        matrices = entries.view(len(codes), self.rows, -1)[..., : self.columns]
+        if self.loadings is not None and self.directions is not None:
+            matrices = matrices + self.loadings[pick].float() @ self.directions[0].float()
+        if self.row_scales is not None:
+            matrices = matrices * self.row_scales[pick].float().unsqueeze(2)
+        return matrices
+
+    def expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "codes": ((self.batch, self.rows, packed_width(self.vectors, self.code_bits)), torch.uint8),
+            "codebooks": ((self.batch, 2**self.code_bits, self.length), torch.float16),
+        }
+        if self.row_scaled:
+            shapes["row_scales"] = ((self.batch, self.rows), torch.float16)
+        if self.rank:
+            shapes["loadings"] = ((self.batch, self.rows, self.rank), torch.float16)
+            shapes["directions"] = ((1, self.rank, self.columns), torch.float16)
+        return shapes

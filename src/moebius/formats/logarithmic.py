@@ -1,0 +1,46 @@
+"""Positive scales as codes on a logarithmic grid: a quarter to half the bits of fp16, at an error of a percent or two."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_SMALLEST = 1e-30  # scales are positive; this stands in for zero
+
+
+def encode(scales: Tensor, bits: int, used: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes of the nearest grid points, with a grid of their own for every row.
+
+    Args:
+        scales: positive, (rows, columns).
+        bits: of a code, 1 to 8.
+        used: bool like ``scales``; which of them matter. A grid spans those that do.
+
+    Returns:
+        Codes (rows, columns) uint8, and the grid (rows, 2) fp16: logarithm of the first point, and the step between points.
+    """
+    logarithms = scales.float().clamp_min(_SMALLEST).log()
+    used = torch.ones_like(logarithms, dtype=torch.bool) if used is None else used
+    # A row without anything that matters has its grid at zero; the extra column keeps a row of nothing from being refused.
+    nothing = logarithms.new_full((len(scales), 1), torch.inf)
+    low = torch.cat([torch.where(used, logarithms, torch.inf), nothing], 1).amin(1)
+    high = torch.cat([torch.where(used, logarithms, -torch.inf), -nothing], 1).amax(1)
+    low, high = torch.where(low.isfinite(), low, 0), torch.where(high.isfinite(), high, 0)
+    # As stored: codes must fit the rounded grid. A first point just below the smallest scale leaves none outside.
+    first = (low - low.abs() * 2**-11).half()
+    step = ((high - first.float()) / (2**bits - 1) * (1 + 2**-10)).half()
+    grid = torch.stack([first, step], 1)
+    points, steps = grid.float().split(1, dim=1)
+    codes = torch.where(steps > 0, (logarithms - points) / steps, 0).round().clamp(0, 2**bits - 1)
+    return codes.to(torch.uint8), grid
+
+
+def decode(codes: Tensor, grid: Tensor) -> Tensor:
+    """The scales that codes (rows, columns) stand for on grids (rows, 2)."""
+    first, step = grid.float().split(1, dim=1)
+    return (first + step * codes.float()).exp()
+
+
+def rounded(scales: Tensor, bits: int, used: Tensor | None = None) -> Tensor:
+    """Scales as they will be once they were stored, (rows, columns)."""
+    return decode(*encode(scales, bits, used))

@@ -1,0 +1,134 @@
+"""Directions of a joint basis, each at a width of its own from 0 to 8 bits (BitsMoE).
+
+The codes of all directions of all matrices lie in one payload of a fixed size, sorted by width: how the bits are spread over
+the directions does not change what is stored. Four bits per direction say its width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moebius.errors import CheckpointError
+from moebius.formats.base import Packed
+from moebius.formats.bits import pack, packed_width, unpack
+
+#: The widest a direction can be.
+MAX_BITS = 8
+
+
+@dataclass(frozen=True)
+class Spectral(Packed):
+    """Directions are the rows of each matrix, or its columns where ``transposed``.
+
+    The record of a direction of ``b > 0`` bits is a float16 scale for every ``group_size`` entries, then the packed codes
+    ``q``, which mean ``scale · (q − (2**b − 1)/2)``. Records follow each other by width, matrix and direction.
+
+    Attributes:
+        transposed: whether directions are columns.
+        group_size: entries that share a scale; the last group may be shorter.
+        payload_bytes: what the records may take; the rest is zero.
+        row_scaled: whether rows have scales.
+        widths: uint8 (batch, packed_width(directions, 4)).
+        payload: uint8 (payload_bytes,).
+        row_scales: float16 (batch, rows), or None.
+    """
+
+    name = "spectral"
+
+    transposed: bool = False
+    group_size: int = 128
+    payload_bytes: int = 0
+    row_scaled: bool = False
+    widths: Tensor | None = None
+    payload: Tensor | None = None
+    row_scales: Tensor | None = None
+
+    @property
+    def directions(self) -> int:
+        """Directions of each matrix."""
+        return self.columns if self.transposed else self.rows
+
+    @property
+    def length(self) -> int:
+        """Entries of a direction."""
+        return self.rows if self.transposed else self.columns
+
+    def fill(self, widths: Tensor, codes: Tensor, scales: Tensor, row_scales: Tensor | None = None) -> Spectral:
+        """The same description with these directions in it.
+
+        Args:
+            widths: integers from 0 to 8. (batch, directions)
+            codes: (batch, directions, length), of a direction of ``b`` bits in ``[0, 2**b)``.
+            scales: (batch, directions, groups).
+            row_scales: (batch, rows), or None.
+        """
+        payload = codes.new_zeros(self.payload_bytes, dtype=torch.uint8)
+        for bits, units, start in self._sections(widths):
+            scale_bytes = scales.flatten(0, 1)[units].half().contiguous().view(torch.uint8)
+            records = torch.cat([scale_bytes, pack(codes.flatten(0, 1)[units], bits)], 1)
+            payload[start : start + records.numel()] = records.flatten()
+        return self.replace(
+            widths=pack(widths, 4), payload=payload, row_scales=None if row_scales is None else row_scales.half().contiguous()
+        )
+
+    def unpack(self, index: Tensor | None = None) -> Tensor:
+        assert self.widths is not None and self.payload is not None
+        widths = unpack(self.widths, 4, self.directions)
+        index = torch.arange(self.batch, device=widths.device) if index is None else index
+        place = torch.full((self.batch,), -1, device=widths.device).index_copy_(
+            0, index, torch.arange(len(index), device=widths.device)
+        )
+        matrices = self.payload.new_zeros(len(index) * self.directions, self.length, dtype=torch.float32)
+        for bits, units, start in self._sections(widths):
+            records = self.payload[start : start + len(units) * self.record_bytes(bits)].view(len(units), -1)
+            matrix = place[units // self.directions]
+            chosen = matrix >= 0
+            records, rows = records[chosen], (matrix * self.directions + units % self.directions)[chosen]
+            scales = records[:, : 2 * self.groups].flatten().view(torch.float16).view(len(records), self.groups).float()
+            codes = unpack(records[:, 2 * self.groups :], bits, self.length).float()
+            spread = scales.repeat_interleave(self.group_size, dim=1)[:, : self.length]
+            matrices[rows] = (codes - (2**bits - 1) / 2) * spread
+        matrices = matrices.view(len(index), self.directions, self.length)
+        if self.transposed:
+            matrices = matrices.mT
+        return matrices if self.row_scales is None else matrices * self.row_scales[index].float().unsqueeze(2)
+
+    @property
+    def groups(self) -> int:
+        """Scales per direction."""
+        return -(-self.length // self.group_size)
+
+    def record_bytes(self, bits: int) -> int:
+        """What a direction of this width takes in the payload."""
+        return 2 * self.groups + packed_width(self.length, bits) if bits else 0
+
+    def check(self, where: str) -> None:
+        super().check(where)
+        if self.widths is None or self.widths.is_meta:
+            return
+        widths = unpack(self.widths, 4, self.directions)
+        taken = sum(self.record_bytes(bits) * len(units) for bits, units, _ in self._sections(widths))
+        if int(widths.max()) > MAX_BITS or taken > self.payload_bytes:
+            raise CheckpointError(f"{where}.widths: ask for {taken} bytes of codes, wanted at most {self.payload_bytes}")
+
+    def expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "widths": ((self.batch, packed_width(self.directions, 4)), torch.uint8),
+            "payload": ((self.payload_bytes,), torch.uint8),
+        }
+        if self.row_scaled:
+            shapes["row_scales"] = ((self.batch, self.rows), torch.float16)
+        return shapes
+
+    def _sections(self, widths: Tensor) -> Iterator[tuple[int, Tensor, int]]:
+        """Each width that occurs, its units (matrix · directions + direction) and where their records begin."""
+        start, flat = 0, widths.flatten()
+        for bits in range(1, MAX_BITS + 1):
+            units = (flat == bits).nonzero().squeeze(1)
+            if len(units):
+                yield bits, units, start
+                start += len(units) * self.record_bytes(bits)

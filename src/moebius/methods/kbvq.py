@@ -1,0 +1,102 @@
+"""KBVQ-MoE (Algorithm 1): shared directions in 16 bit, vector quantization of the rest, corrected outputs. Each is a switch.
+
+With IDRE and BCOS off it is ``gptvq``, and without error feedback plain k-means.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moebius.basis.klt_svd import shared_directions
+from moebius.correct.bias import channel_correction, input_moments, layer_average
+from moebius.correct.gain import row_gain
+from moebius.formats.base import Packed, empty_like_spec
+from moebius.formats.codebook import Codebook
+from moebius.formats.dense import Dense
+from moebius.formats.projection import PackedProjection
+from moebius.linalg.hessian import conditioned, feedback_factor, layer_mean
+from moebius.methods.base import Method, chunks, in_chunks
+from moebius.quantize.codebook import code_bits, quantize_vectors
+from moebius.recipe import Recipe
+from moebius.types import ProjectionStats
+
+VECTOR_LENGTH = 4
+_ITERATIONS = 100
+
+
+def quantize(weight: Tensor, stats: ProjectionStats | None, recipe: Recipe, projection: str) -> PackedProjection:
+    """Quantize the experts of one projection."""
+    weight = weight.float()
+    layer = None if stats is None else layer_mean(stats.second_moment)
+
+    # IDRE: what the experts do with the directions that inputs use most and experts share stays in 16 bit.
+    shared = shared_directions(weight, layer if recipe.klt else None, _rank(weight.shape[2], recipe)) if recipe.idre else None
+    special = weight if shared is None else weight - shared.matrix()
+
+    # VQ of the rest: a codebook for each expert by k-means, a code for every four columns.
+    def encode(chunk: slice) -> Packed:
+        factor = feedback_factor(_hessians(stats, layer, chunk, recipe)) if recipe.error_feedback else None
+        return quantize_vectors(special[chunk], factor, bits=recipe.bits, length=VECTOR_LENGTH, iterations=_ITERATIONS)
+
+    packed = in_chunks(len(weight), weight.shape[2], encode)
+    assert isinstance(packed, Codebook)
+    if shared is not None:
+        packed = packed.with_shared(shared.loadings, shared.directions)
+
+    # BCOS: every output channel gets back its variance and its mean.
+    scales, biases = _corrections(weight, packed, stats, layer, recipe)
+    return PackedProjection(
+        packed if scales is None else packed.with_row_scales(scales),
+        bias=None if biases is None else Dense.pack(biases.unsqueeze(1)),
+    )
+
+
+def plan(shape: tuple[int, int, int], recipe: Recipe, projection: str) -> PackedProjection:
+    """What :func:`quantize` stores for matrices of this shape, on the meta device."""
+    experts, out, inputs = shape
+    rank = _rank(inputs, recipe) if recipe.idre else 0
+    scaled = recipe.gain or recipe.bcos not in ("off", "mean")
+    factor = Codebook(*shape, code_bits(recipe.bits, VECTOR_LENGTH), VECTOR_LENGTH, rank, scaled)
+    bias = Dense(experts, 1, out) if recipe.bcos not in ("off", "variance") else None
+    return PackedProjection(empty_like_spec(factor.spec()), bias=None if bias is None else empty_like_spec(bias.spec()))
+
+
+def needs(recipe: Recipe) -> str:
+    """Plain k-means looks at weights alone; KLT, error feedback and corrections look at inputs."""
+    looks = recipe.error_feedback or recipe.gain or recipe.bcos != "off" or (recipe.idre and recipe.klt)
+    return "inputs" if looks else "nothing"
+
+
+def _rank(inputs: int, recipe: Recipe) -> int:
+    return max(1, round(recipe.rank_share * inputs))
+
+
+def _hessians(stats: ProjectionStats | None, layer: Tensor | None, chunk: slice, recipe: Recipe) -> Tensor:
+    assert stats is not None
+    return conditioned(stats.second_moment[chunk], lean=recipe.layer_lean, damping=recipe.damping, layer=layer)
+
+
+def _corrections(
+    weight: Tensor, packed: Codebook, stats: ProjectionStats | None, layer: Tensor | None, recipe: Recipe
+) -> tuple[Tensor | None, Tensor | None]:
+    """Row scales and biases (experts, out), None for what the recipe does not ask for."""
+    if stats is None or (recipe.bcos == "off" and not recipe.gain):
+        return None, None
+    average = layer_average(stats)
+    scales, biases = torch.ones_like(weight[:, :, 0]), torch.zeros_like(weight[:, :, 0])
+    for chunk in chunks(len(weight), weight.shape[2]):
+        some, got = weight[chunk], packed.unpack(torch.arange(len(weight), device=weight.device)[chunk])
+        if recipe.gain:
+            scales[chunk] = row_gain(some, got, _hessians(stats, layer, chunk, recipe).float())
+        if recipe.bcos != "off":
+            inputs = input_moments(stats, chunk, average, lean=recipe.layer_lean)
+            scale, biases[chunk] = channel_correction(some, scales[chunk].unsqueeze(2) * got, inputs, recipe.bcos)
+            scales[chunk] *= scale
+    return (
+        scales if recipe.gain or recipe.bcos not in ("off", "mean") else None,
+        biases if recipe.bcos not in ("off", "variance") else None,
+    )
+
+
+METHOD = Method(quantize, plan, needs)

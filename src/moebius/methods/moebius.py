@@ -1,0 +1,218 @@
+"""`moebius`: whitened joint bases, one bit budget for the whole model, nested sign planes, gain."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from moebius.allocate.budget import Units, allocate, prefix_values
+from moebius.basis.whitened import coordinates, input_basis, loss_metric, output_basis, rounded_basis
+from moebius.correct.gain import row_gain
+from moebius.formats.base import Packed
+from moebius.formats.bits import packed_width
+from moebius.formats.graded import Graded
+from moebius.formats.logarithmic import encode
+from moebius.formats.planes import Planes, pack_signs
+from moebius.formats.projection import PackedProjection
+from moebius.linalg.hessian import conditioned, layer_mean
+from moebius.methods.base import Method, Survey, chunks
+from moebius.quantize.planes import PlaneLevels, over_directions, over_entries
+from moebius.recipe import Recipe
+from moebius.types import ProjectionStats
+
+_GRADES = (8, 6, 5, 4, 3)
+_SIDES = {"gate_up": "input", "down": "output"}
+# A least-squares approximation that needs a larger gain than this would err more with it than no output at all does.
+_LARGEST_GAIN = 2.0
+_PRIOR_TOKENS = 8  # an expert's sensitivity leans on its layer as if it had seen so many average tokens more
+
+
+def look(weight: Tensor, stats: ProjectionStats, recipe: Recipe, projection: str) -> dict[str, Tensor]:
+    """The basis of a projection, and what the loss would lose without each of its directions in each expert."""
+    experts, outputs, inputs = weight.shape
+    # What few tokens hide is not free: an expert is also asked about a little of what its neighbours saw.
+    moments = stats.second_moment + recipe.layer_lean * layer_mean(stats.second_moment).to(stats.second_moment.dtype)
+    found = {"shape": torch.tensor([experts, outputs, inputs])}
+    if projection == "gate_up":
+        basis = input_basis(weight, moments)
+    else:
+        found["metric"] = metric = _metric(stats, outputs)
+        basis = output_basis(weight, moments, metric)
+    values = basis.energies * _sensitivity(stats, outputs).unsqueeze(1)
+    return {**found, "directions": basis.directions, "values": prefix_values(values.cpu())}
+
+
+def share_out(surveys: Sequence[Mapping[str, Tensor]], recipe: Recipe) -> list[dict[str, Tensor]]:
+    """One budget over everything that was surveyed."""
+    units, weights = [], 0
+    for survey in surveys:
+        _, outputs, inputs = shape = tuple(survey["shape"].tolist())
+        entries, length = (inputs, outputs) if "metric" in survey else (outputs, inputs)
+        units.append(Units(survey["values"], entries, length))
+        weights += shape[0] * outputs * inputs
+    shares = allocate(units, int(recipe.bits * weights / 8), scale_bits=recipe.scale_bits, grades=_GRADES)
+    return [{"widths": share.widths, "basis_bits": torch.tensor(share.basis_bits, dtype=torch.int64)} for share in shares]
+
+
+def quantize(
+    weight: Tensor,
+    stats: ProjectionStats | None,
+    recipe: Recipe,
+    projection: str,
+    survey: Mapping[str, Tensor] | None = None,
+    share: Mapping[str, Tensor] | None = None,
+) -> PackedProjection:
+    """Round the basis, refit each expert to it, and quantize what was given planes. Without a survey and a share of a larger
+    budget, the projection is one of its own.
+    """
+    assert stats is not None
+    survey = look(weight, stats, recipe, projection) if survey is None else survey
+    share = share_out([survey], recipe)[0] if share is None else share
+    widths, bits = share["widths"].to(weight.device), share["basis_bits"].tolist()
+    directions = survey["directions"][: len(bits)].to(weight.device)
+    basis = rounded_basis(directions, bits, _SIDES[projection])
+    metric = survey["metric"].to(weight.device) if "metric" in survey else None
+    packer = _Packer(weight, stats, recipe, widths, basis, metric)
+    return PackedProjection(packer.factor(), **{"right" if projection == "gate_up" else "left": basis})
+
+
+class _Packer:
+    """The expert factors of one projection, some experts at a time."""
+
+    def __init__(
+        self, weight: Tensor, stats: ProjectionStats, recipe: Recipe, widths: Tensor, basis: Graded, metric: Tensor | None
+    ) -> None:
+        self.weight, self.moments, self.recipe, self.widths, self.side = weight, stats.second_moment, recipe, widths, basis.side
+        self.layer = layer_mean(stats.second_moment)
+        self.shared = basis.unpack()[0] if basis.side == "input" else basis.unpack()[0].mT  # (kept, length)
+        self.coordinates = coordinates(self.shared, metric) if basis.side == "output" else None
+
+    def factor(self) -> Packed:
+        experts, outputs, inputs = self.weight.shape
+        kept, entries = len(self.shared), outputs if self.side == "input" else inputs
+        first = self.widths[:, :1].sum(1)  # there may be no plane at all
+        # Experts with similarly many directions together: a chunk is as wide as its widest.
+        order = first.argsort(dim=0, descending=True, stable=True)
+        none = torch.zeros(0, packed_width(entries, 1), dtype=torch.uint8, device=self.weight.device)
+        signs = dict.fromkeys(range(experts), none)
+        bits = self.recipe.scale_bits
+        entry_codes = torch.zeros(experts, entries, dtype=torch.uint8, device=self.weight.device)
+        direction_codes = torch.zeros(experts, kept, dtype=torch.uint8, device=self.weight.device)
+        entry_grids, direction_grids = (torch.zeros(experts, 2, dtype=torch.float16, device=self.weight.device) for _ in "ab")
+        for chunk in chunks(experts, inputs):
+            some = order[chunk]
+            width = int(first[some].max())
+            if width == 0:
+                break
+            counts = (torch.arange(width, device=some.device) < self.widths[some].unsqueeze(2)).sum(1)
+            planes = self._behind_basis(some, counts) if self.side == "input" else self._before_basis(some, counts)
+            entry_codes[some], entry_grids[some] = encode(planes.entry_scales, bits)
+            codes, direction_grids[some] = encode(planes.direction_scales, bits, counts > 0)
+            direction_codes[some, :width] = codes
+            positive = planes.positive()
+            for place, expert in enumerate(some.tolist()):
+                mine = slice(place, place + 1)
+                signs[expert] = pack_signs(positive[mine], self.widths[expert : expert + 1, : positive.shape[1]])
+        return Planes.pack(
+            torch.cat(list(signs.values())),
+            self.widths,
+            entry_codes,
+            entry_grids,
+            direction_codes,
+            direction_grids,
+            side=self.side,
+            directions=kept,
+            entries=entries,
+            scale_bits=bits,
+        )
+
+    def _behind_basis(self, some: Tensor, counts: Tensor) -> PlaneLevels:
+        """Factors ``B_e`` of ``W_e ≈ B_e T``: fitted to the outputs, errors pushed from direction to direction."""
+        shared, weight = self.shared[: counts.shape[1]], self.weight[some].float()
+        moments = self._conditioned(some).float()
+        passed = weight @ moments  # (experts, out, in)
+        hessian = shared @ moments @ shared.mT
+        live = counts > 0
+        both = live.unsqueeze(2) & live.unsqueeze(1)
+        hessian = torch.where(both, hessian, 0).double() + torch.diag_embed((~live).double())
+        lower = torch.linalg.cholesky(hessian.flip(1, 2))
+        wanted = (shared @ passed.mT) * live.unsqueeze(2)
+        target = torch.cholesky_solve(wanted.flip(1), lower.float()).flip(1)
+        planes = over_directions(target, hessian, counts, self.recipe.block_size)
+        if self.recipe.gain:
+            planes = planes.rounded_scales(self.recipe.scale_bits)
+            got = planes.factor().mT
+            energy = ((got @ hessian.float()) * got).sum(2)
+            planes = planes.scaled(entries=_gain((passed * weight).sum(2), energy))
+        return planes
+
+    def _before_basis(self, some: Tensor, counts: Tensor) -> PlaneLevels:
+        """Factors ``F_e`` of ``W_e ≈ U F_e``: errors pushed from input to input."""
+        assert self.coordinates is not None
+        target = (self.coordinates[: counts.shape[1]] @ self.weight[some].float()) * (counts > 0).unsqueeze(2)
+        moments = self._conditioned(some)
+        planes = over_entries(target, moments, counts, self.recipe.block_size)
+        if self.recipe.gain:
+            planes = planes.rounded_scales(self.recipe.scale_bits)
+            gain = row_gain(target, planes.factor(), moments.float())
+            planes = planes.scaled(directions=gain.clamp_max(_LARGEST_GAIN))
+        return planes
+
+    def _conditioned(self, some: Tensor) -> Tensor:
+        recipe = self.recipe
+        return conditioned(self.moments[some], lean=recipe.layer_lean, damping=recipe.damping, layer=self.layer)
+
+
+def plan(shape: tuple[int, int, int], recipe: Recipe, projection: str) -> PackedProjection:
+    """What the budget pays for in matrices of this shape, on the meta device.
+
+    Where planes go is decided by the statistics of the whole model; here every expert is alike and energies fall off as
+    ``1/k``. The bits are those of the budget either way.
+    """
+    experts, outputs, inputs = shape
+    side = _SIDES[projection]
+    entries, length = (outputs, inputs) if side == "input" else (inputs, outputs)
+    values = (1 / torch.arange(1, length + 1, dtype=torch.float64)).expand(experts, -1)
+    budget = int(recipe.bits * experts * outputs * inputs / 8)
+    share = allocate([Units(values, entries, length)], budget, scale_bits=recipe.scale_bits, grades=_GRADES)[0]
+    basis = Graded.skeleton(side=side, bits=share.basis_bits, entries=length)
+    factor = Planes.skeleton(
+        share.widths, side=side, directions=len(share.basis_bits), entries=entries, scale_bits=recipe.scale_bits
+    )
+    return PackedProjection(factor, **{"right" if side == "input" else "left": basis})
+
+
+def needs(recipe: Recipe) -> str:
+    """Second moments, once the budget is shared out."""
+    return "inputs"
+
+
+def survey_needs(recipe: Recipe) -> str:
+    """The gradient of the global loss is the exchange rate between experts and layers."""
+    return "gradients"
+
+
+def _sensitivity(stats: ProjectionStats, outputs: int) -> Tensor:
+    """``φ_e``: mean squared gradient of the loss at an output of the expert. float64 (experts,)"""
+    tokens = stats.tokens.double()
+    if stats.fisher_diagonal is None:
+        return torch.ones_like(tokens)
+    squares = stats.fisher_diagonal.double().sum(1) / outputs
+    mean = squares.sum() / tokens.sum().clamp_min(1)
+    return (squares + _PRIOR_TOKENS * mean) / (tokens + _PRIOR_TOKENS)
+
+
+def _metric(stats: ProjectionStats, outputs: int) -> Tensor:
+    if stats.output_fisher is None:
+        return torch.eye(outputs, dtype=torch.float64, device=stats.second_moment.device)
+    return loss_metric(stats.output_fisher)
+
+
+def _gain(wanted: Tensor, got: Tensor) -> Tensor:
+    """What gives outputs the energy ``wanted``, see :func:`moebius.correct.gain.row_gain`; one where nothing is put out."""
+    return torch.where(got > 0, (wanted / got).clamp_min(0).sqrt(), 1).clamp_max(_LARGEST_GAIN)
+
+
+METHOD = Method(quantize, plan, needs, survey=Survey(look, share_out, survey_needs))

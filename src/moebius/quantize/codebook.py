@@ -1,0 +1,163 @@
+"""Vector quantization by k-means: seeding, Lloyd's iterations, and assignment with error feedback (GPTVQ, KBVQ-MoE)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moebius.formats.codebook import Codebook
+
+_SEEDING_VECTORS = 1 << 14  # k-means++ walks over its vectors once per entry: more than this is not worth the time
+_TRAINING_VECTORS = 64  # per entry: twice as many take twice as long and lower the error by 3 %
+_SCORES = 1 << 26  # distances held at a time: 256 MiB
+_ENOUGH = 1e-3  # k-means stops for an expert once an iteration takes less than this share off its error
+
+
+def code_bits(bits: float, length: int) -> int:
+    """Bits of a code for ``length`` columns at so many bits per weight."""
+    return round(bits * length)
+
+
+def quantize_vectors(
+    weight: Tensor, factor: Tensor | None, *, bits: float, length: int, iterations: int, seed: int = 0
+) -> Codebook:
+    """Train a codebook for each expert on its own vectors and give each vector a code.
+
+    Args:
+        weight: (experts, rows, columns) float32.
+        factor: upper Cholesky factor of the inverse Hessian (experts, columns, columns): each group of ``length`` columns is
+            coded in the metric of the Hessian and its error pushed into the columns after it. None: to the nearest entry.
+        bits: per weight; ``2 ** (bits · length)`` entries.
+        length: columns per vector.
+        iterations: of k-means, at most.
+        seed: of the seeding; every expert draws the same numbers, so that it does not matter which experts come along.
+    """
+    experts, rows, columns = weight.shape
+    short = -columns % length
+    padded = torch.nn.functional.pad(weight, (0, short))
+    vectors = padded.view(experts, -1, length)
+    entries = 2 ** code_bits(bits, length)
+    seeds = seed_codebooks(_some(vectors, _SEEDING_VECTORS), entries, seed)
+    codebooks = train_codebooks(_some(vectors, _TRAINING_VECTORS * entries), seeds, iterations)[0].half().float()
+    if factor is None:
+        codes = nearest(vectors, codebooks)[0].view(experts, rows, -1)
+    else:
+        codes = _codes_with_feedback(padded, _padded_factor(factor, short), codebooks)
+    return Codebook.pack(codes, codebooks, columns)
+
+
+def seed_codebooks(vectors: Tensor, entries: int, seed: int = 0) -> Tensor:
+    """k-means++ (Arthur and Vassilvitskii, 2007): each entry is a vector, drawn in proportion to its distance from the others.
+
+    Args:
+        vectors: (experts, count, length).
+        entries: of each codebook.
+        seed: of the draws, which are the same for every expert.
+
+    Returns:
+        (experts, entries, length).
+    """
+    draws = torch.rand(entries, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).tolist()
+    count, every = vectors.shape[1], torch.arange(len(vectors), device=vectors.device)
+    chosen = vectors.new_empty(len(vectors), entries, vectors.shape[2])
+    distances = torch.ones_like(vectors[:, :, 0])
+    for entry, draw in enumerate(draws):
+        reach = distances.double().cumsum(1)
+        place = torch.searchsorted(reach, draw * reach[:, -1:], right=True).squeeze(1).clamp(max=count - 1)
+        chosen[:, entry] = vectors[every, place]
+        distance = (vectors - chosen[:, entry, None]).square().sum(2)
+        distances = distance if entry == 0 else torch.minimum(distances, distance)
+    return chosen
+
+
+def train_codebooks(vectors: Tensor, codebooks: Tensor, iterations: int) -> tuple[Tensor, list[Tensor]]:
+    """Lloyd's iterations from the codebooks given, for each expert until its error hardly falls any more.
+
+    Args:
+        vectors: (experts, count, length).
+        codebooks: (experts, entries, length).
+        iterations: at most.
+
+    Returns:
+        New codebooks, and the squared errors (experts,) at the start of each iteration.
+    """
+    codebooks = codebooks.clone()
+    active = torch.arange(len(vectors), device=vectors.device)
+    errors = vectors.new_full((len(vectors),), torch.inf)
+    history = []
+    for _ in range(iterations):
+        codes, distances = nearest(vectors[active], codebooks[active])
+        before = errors[active]
+        errors[active] = distances.double().sum(1).float()
+        history.append(errors.clone())
+        codebooks[active] = _centroids(vectors[active], codes, codebooks[active])
+        active = active[errors[active] < (1 - _ENOUGH) * before]
+        if not len(active):
+            break
+    return codebooks, history
+
+
+def nearest(vectors: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest entry of every vector and the squared distance to it.
+
+    Args:
+        vectors: (experts, count, length).
+        codebooks: (experts, entries, length).
+
+    Returns:
+        int64 (experts, count) and (experts, count).
+    """
+    half_norms = codebooks.square().sum(2).unsqueeze(1) / 2  # (experts, 1, entries)
+    step = max(1, _SCORES // (len(vectors) * codebooks.shape[1]))
+    codes, scores = [], []
+    for piece in vectors.split(step, dim=1):
+        lowest = torch.baddbmm(half_norms, piece, codebooks.mT, alpha=-1).min(2)
+        codes.append(lowest.indices)
+        scores.append(lowest.values)
+    return torch.cat(codes, 1), (vectors.square().sum(2) + 2 * torch.cat(scores, 1)).clamp_min(0)
+
+
+def _centroids(vectors: Tensor, codes: Tensor, codebooks: Tensor) -> Tensor:
+    """The mean of the vectors of each code; an entry that nobody chose stays where it is."""
+    # float64 sums of float32 values of like size are exact: their order, and with it the device, changes no byte.
+    sums = torch.zeros_like(codebooks, dtype=torch.float64)
+    sums.scatter_add_(1, codes.unsqueeze(2).expand_as(vectors), vectors.double())
+    counts = torch.zeros_like(sums[:, :, 0]).scatter_add_(1, codes, torch.ones_like(codes, dtype=torch.float64)).unsqueeze(2)
+    return torch.where(counts > 0, sums / counts.clamp_min(1), codebooks.double()).float()
+
+
+def _codes_with_feedback(weight: Tensor, factor: Tensor, codebooks: Tensor, block_size: int = 128) -> Tensor:
+    """GPTQ by groups of columns: with ``H⁻¹ = Uᵀ U``, the entry nearest to ``v U_g⁻¹`` among ``c U_g⁻¹`` is the one that hurts
+    least once the columns after the group have made up for it (GPTVQ Eq. 4), and the difference is what is pushed on.
+    """
+    experts, _, columns = weight.shape
+    length = codebooks.shape[2]
+    weight, codes = weight.clone(), []
+    identity = torch.eye(length, device=weight.device).expand(experts, -1, -1)
+    block_size = max(block_size // length, 1) * length
+    for start in range(0, columns, block_size):
+        stop = min(start + block_size, columns)
+        block, errors = weight[:, :, start:stop], torch.empty_like(weight[:, :, start:stop])
+        for offset in range(0, stop - start, length):
+            here, after = slice(offset, offset + length), slice(offset + length, None)
+            rows = factor[:, start + offset : start + offset + length, start:stop]
+            inverse = torch.linalg.solve_triangular(rows[:, :, here], identity, upper=True)
+            values, entries = block[:, :, here] @ inverse, codebooks @ inverse
+            code = nearest(values, entries)[0]
+            errors[:, :, here] = values - entries.gather(1, code.unsqueeze(2).expand(-1, -1, length))
+            block[:, :, after] -= errors[:, :, here] @ rows[:, :, after]
+            codes.append(code)
+        weight[:, :, stop:].baddbmm_(errors, factor[:, start:stop, stop:], alpha=-1)
+    return torch.stack(codes, 2)
+
+
+def _padded_factor(factor: Tensor, short: int) -> Tensor:
+    """The factor for columns of zeros at the end, which nothing is pushed into."""
+    padded = torch.nn.functional.pad(factor, (0, short, 0, short))
+    padded.diagonal(dim1=1, dim2=2)[:, factor.shape[1] :] = 1
+    return padded
+
+
+def _some(vectors: Tensor, most: int) -> Tensor:
+    """Every so many of the vectors, at most ``most``."""
+    return vectors[:, :: -(-vectors.shape[1] // most)]

@@ -1,0 +1,202 @@
+"""Nested sign planes with error feedback, for all experts of a chunk at once.
+
+A factor has directions and entries along them, and each element is ``entry_scale · direction_scale · level`` with a level of
+:data:`moebius.formats.planes.AMPLITUDES`. Where the Hessian is one over directions (``gate_up``, behind a shared basis), errors
+are pushed from direction to direction; where it is one over entries (``down``), from entry to entry.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moebius.formats.logarithmic import rounded
+from moebius.formats.planes import AMPLITUDES, MOST_PLANES
+
+_TINY = 1e-30  # keeps 0/0 at 0 where there is nothing
+_ALTERNATIONS = 8
+_RIDGE = 1e-3  # pull of refitted scales towards what they were
+
+
+@dataclass(frozen=True)
+class PlaneLevels:
+    """Quantized factors before their scales are rounded: ``levels · direction_scales · entry_scales``.
+
+    Attributes:
+        levels: sums of signed amplitudes, zero without planes. (experts, directions, entries)
+        counts: planes. int64 (experts, directions)
+        direction_scales: positive, zero without planes. (experts, directions)
+        entry_scales: positive. (experts, entries)
+    """
+
+    levels: Tensor
+    counts: Tensor
+    direction_scales: Tensor
+    entry_scales: Tensor
+
+    def factor(self) -> Tensor:
+        """What the planes stand for. (experts, directions, entries)"""
+        return self.levels * self.direction_scales.unsqueeze(2) * self.entry_scales.unsqueeze(1)
+
+    def positive(self) -> Tensor:
+        """The signs, plane by plane: whether they are +1. bool (experts, planes, directions, entries)"""
+        amplitudes, rest = _amplitudes(self.counts), self.levels.clone()
+        planes = []
+        for plane in range(int(self.counts.max()) if self.counts.numel() else 0):
+            planes.append(rest >= 0)
+            rest -= torch.where(planes[-1], 1.0, -1.0) * amplitudes[..., plane, None]
+        return torch.stack(planes, 1) if planes else rest.new_zeros(len(rest), 0, *rest.shape[1:]).bool()
+
+    def scaled(self, *, directions: Tensor | None = None, entries: Tensor | None = None) -> PlaneLevels:
+        """With factors for directions (experts, directions) or entries (experts, entries) fused into the scales."""
+        planes = self
+        if directions is not None:
+            planes = dataclasses.replace(planes, direction_scales=planes.direction_scales * directions)
+        if entries is not None:
+            planes = dataclasses.replace(planes, entry_scales=planes.entry_scales * entries)
+        return planes
+
+    def rounded_scales(self, bits: int) -> PlaneLevels:
+        """With the scales as they are stored."""
+        live = self.counts > 0
+        directions = rounded(self.direction_scales, bits, live) * live
+        return dataclasses.replace(self, direction_scales=directions, entry_scales=rounded(self.entry_scales, bits))
+
+
+def nested_levels(values: Tensor, amplitudes: Tensor) -> Tensor:
+    """The levels nearest to values of unit deviation.
+
+    Sign after sign is the nearest level, because each amplitude exceeds the sum of those after it.
+
+    Args:
+        values: (...,).
+        amplitudes: (..., planes), zero beyond the planes there are.
+    """
+    levels = torch.zeros_like(values)
+    for plane in range(amplitudes.shape[-1]):
+        levels += torch.where(values >= levels, 1.0, -1.0) * amplitudes[..., plane]
+    return levels
+
+
+def deviations(target: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+    """Deviations as a product of a scale per direction and one per entry, fitted to the squares of what is live.
+
+    Args:
+        target: (experts, directions, entries).
+        live: bool (experts, directions).
+
+    Returns:
+        (experts, directions), zero where not live, and (experts, entries).
+    """
+    squares = target.square() * live.unsqueeze(2)
+    count = live.sum(1, keepdim=True).clamp_min(1)
+    of_entry = torch.ones_like(target[:, 0])
+    for _ in range(_ALTERNATIONS):
+        of_direction = (squares @ (1 / of_entry).unsqueeze(2)).squeeze(2) / target.shape[2]
+        of_entry = ((1 / of_direction.clamp_min(_TINY)) * live).unsqueeze(1).matmul(squares).squeeze(1) / count
+        of_entry = of_entry.clamp_min(1e-6 * of_entry.mean(1, keepdim=True)).clamp_min(_TINY)
+    return of_direction.sqrt() * live, of_entry.sqrt()
+
+
+def over_directions(target: Tensor, hessian: Tensor, counts: Tensor, block_size: int) -> PlaneLevels:
+    """Planes for factors whose Hessian is over their directions.
+
+    Args:
+        target: (experts, directions, entries) float32.
+        hessian: (experts, directions, directions) float64, positive definite; identity in directions without planes.
+        counts: planes. (experts, directions)
+        block_size: directions whose errors are pushed on together: a matter of speed.
+    """
+    amplitudes = _amplitudes(counts)
+    direction_scales, entry_scales = deviations(target, counts > 0)
+    levels, fitted = torch.zeros_like(target), torch.zeros_like(direction_scales)
+
+    def quantize(direction: int, values: Tensor) -> Tensor:
+        scale = direction_scales[:, direction, None].clamp_min(_TINY) * entry_scales
+        level = nested_levels(values / scale, amplitudes[:, None, direction])
+        shape = level * entry_scales
+        fit = _fit(values, shape)
+        levels[:, direction], fitted[:, direction] = level, fit
+        return shape * fit.unsqueeze(1)
+
+    with_feedback(target, feedback_weights(hessian), block_size, quantize)
+    return PlaneLevels(levels, counts, fitted, entry_scales)
+
+
+def over_entries(target: Tensor, moments: Tensor, counts: Tensor, block_size: int) -> PlaneLevels:
+    """Planes for factors whose Hessian is over their entries, those that carry most visited first.
+
+    Args:
+        target: (experts, directions, entries) float32.
+        moments: (experts, entries, entries) float64, positive definite.
+        counts: planes. (experts, directions)
+        block_size: entries whose errors are pushed on together: a matter of speed.
+    """
+    order = moments.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+    entries = order.shape[1]
+    moments = moments.gather(1, order.unsqueeze(2).expand(-1, -1, entries))
+    moments = moments.gather(2, order.unsqueeze(1).expand(-1, entries, -1))
+    steps = target.mT.gather(1, order.unsqueeze(2).expand(-1, -1, target.shape[1]))  # (experts, entries, directions)
+    amplitudes = _amplitudes(counts)
+    direction_scales, entry_scales = deviations(steps.mT, counts > 0)
+    levels, fitted = torch.zeros_like(steps), torch.zeros_like(entry_scales)
+
+    def quantize(entry: int, values: Tensor) -> Tensor:
+        scale = (direction_scales * entry_scales[:, entry, None]).clamp_min(_TINY)
+        level = nested_levels(values / scale, amplitudes)
+        shape = level * direction_scales
+        fit = _fit(values, shape)
+        levels[:, entry], fitted[:, entry] = level, fit
+        return shape * fit.unsqueeze(1)
+
+    with_feedback(steps, feedback_weights(moments), block_size, quantize)
+    back = order.argsort(1)
+    levels = levels.gather(1, back.unsqueeze(2).expand_as(levels)).mT.contiguous()
+    return PlaneLevels(levels, counts, direction_scales, fitted.gather(1, back))
+
+
+def feedback_weights(hessian: Tensor) -> Tensor:
+    """The unit upper factor ``V`` of ``H = V D Vᵀ``: how errors of earlier steps change what a later step aims for.
+
+    This is GPTQ's feedback without the inverse of the Hessian (Chee et al., QuIP, 2023, Theorem 6): step ``k`` quantizes
+    ``w_k + Σ_{j<k} (w_j − q_j) V_jk``. (experts, n, n) to float32 (experts, n, n)
+    """
+    upper = torch.linalg.cholesky(hessian.flip(1, 2)).flip(1, 2)
+    return (upper / upper.diagonal(dim1=1, dim2=2).unsqueeze(1)).float()
+
+
+def with_feedback(target: Tensor, weights: Tensor, block_size: int, quantize: Callable[[int, Tensor], Tensor]) -> None:
+    """Visit the steps of a batch of targets in order, each with the errors of those before it folded in.
+
+    Args:
+        target: (experts, steps, width) float32.
+        weights: see :func:`feedback_weights`.
+        block_size: steps whose errors are gathered before they are pushed further.
+        quantize: called with the index of a step and what it aims for, (experts, width); returns what it became.
+    """
+    errors = torch.zeros_like(target)
+    steps = target.shape[1]
+    for start in range(0, steps, block_size):
+        stop = min(start + block_size, steps)
+        aims = torch.baddbmm(target[:, start:stop], weights[:, :start, start:stop].mT, errors[:, :start])
+        for step in range(start, stop):
+            aim = aims[:, step - start]
+            if step > start:
+                aim = torch.baddbmm(aim.unsqueeze(1), weights[:, None, start:step, step], errors[:, start:step]).squeeze(1)
+            errors[:, step] = target[:, step] - quantize(step, aim)
+
+
+def _fit(values: Tensor, shape: Tensor) -> Tensor:
+    """Least-squares scale of each row, never negative. (experts, width) to (experts,)"""
+    return ((values * shape).sum(1) / shape.square().sum(1).clamp_min(_TINY)).clamp_min(0)
+
+
+def _amplitudes(counts: Tensor) -> Tensor:
+    """Amplitudes of every plane, zero beyond those there are. (..., planes)"""
+    rows = [(0.0,) * MOST_PLANES, *(a + (0.0,) * (MOST_PLANES - len(a)) for a in AMPLITUDES.values())]
+    most = int(counts.max()) if counts.numel() else 0
+    return torch.tensor(rows, device=counts.device)[counts][..., :most]
