@@ -114,7 +114,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """What a method reads of a recipe, and its bits: multiples of ``step`` in a range (any number if it is 0), or one number."""
+    """What a method reads of a recipe, and its bits: multiples of ``step`` in a range (any if it is 0), or one number."""
 
     options: frozenset[str]
     default_bits: float
@@ -126,7 +126,7 @@ class MethodOptions:
 
     def check_bits(self, method: str, bits: float) -> None:
         if not self.low <= bits <= self.high or (self.step and bits % self.step):
-            kind = {0: "a number", 1: "a whole number"}.get(self.step, f"a multiple of {self.step:g}")
+            kind = "a number" if not self.step else "a whole number" if self.step == 1 else f"a multiple of {self.step:g}"
             wanted = f"{self.low:g}" if self.low == self.high else f"{kind} from {self.low:g} to {self.high:g}"
             raise RecipeError(f"method {method!r}: got {bits:g} bits, wanted {wanted}")
 

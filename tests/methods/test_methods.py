@@ -97,7 +97,7 @@ def test_the_same_input_gives_the_same_bytes(recipe: Recipe) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_experts_without_tokens_lean_on_their_layer(name: str) -> None:
-    recipe = Recipe.make(name, gain=True)
+    recipe = Recipe.make(name, 8 if name == "bitsmoe" else None, gain=True)  # on shapes this small a basis is most of it
     packed = quantized(recipe, unseen=(0, 2))
     packed.check("layer")
     error = (packed.unpack() - WEIGHT).norm(dim=(1, 2)) / WEIGHT.norm(dim=(1, 2))
@@ -108,7 +108,7 @@ def test_experts_without_tokens_lean_on_their_layer(name: str) -> None:
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("name", METHODS)
 def test_chunks_of_experts_change_nothing(name: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = Recipe.make(name, gain=True)
+    recipe = Recipe.make(name, 8 if name == "bitsmoe" else None, gain=True)  # on shapes this small a basis is most of it
     whole = quantized(recipe).unpack()
     monkeypatch.setattr(base, "_CHUNK_BYTES", 8 * INPUTS * INPUTS * size)
     assert torch.allclose(quantized(recipe).unpack(), whole, atol=1e-4)

@@ -55,7 +55,7 @@ def shared_directions(weight: Tensor, moment: Tensor | None, rank: int) -> Share
         moment: second moment of the inputs over the layer (in, in); None for a plain SVD without KLT.
         rank: directions to keep.
     """
-    experts, _, inputs = weight.shape
+    inputs = weight.shape[2]
     gram = torch.zeros(inputs, inputs, dtype=torch.float64, device=weight.device)
     for matrix in weight:
         gram.addmm_(matrix.double().mT, matrix.double())

@@ -33,7 +33,7 @@ from moebius.report.tables import TextTable
 
 #: Label and recipe of every row of a preset, in the order of the table.
 PRESETS = {
-    "demo": [(text, text) for text in ("rtn@1", "gptq@2", "mobie", "mobie gain=true")],
+    "demo": [(text, text) for text in ("rtn@1", "gptq@2", "mobie", "mobie gain=true", "moebius")],
     # Table 4 of MoBiE: which of its three parts buys what.
     "ablation": [
         (label, f"mobie cejd={cejd} glas={glas} nges={nges}")
@@ -45,6 +45,28 @@ PRESETS = {
             ("CEJD + GLAS", "true", "true", "false"),
             ("CEJD + GLAS + NGES", "true", "true", "true"),
         )
+    ],
+    # Table 5 of KBVQ-MoE, figures 10 and 11 of MoBiE: their parts on other methods.
+    "plug-and-play": [
+        (text, text)
+        for text in (
+            *(f"{method}{parts}" for method in ("billm", "arb") for parts in ("", " glas=true", " glas=true nges=true")),
+            *(f"gptvq@2{parts}" for parts in ("", " idre=true", " bcos=mean_variance", " idre=true bcos=mean_variance")),
+        )
+    ],
+    # Table 5 of MoBiE, and the pull of its null-space scales.
+    "shared-bits": [(f"{bits} bit", f"mobie shared_bits={bits}") for bits in (16, 8, 4)],
+    "lambda": [(f"λ = 0.{tenth}", f"mobie nges_lambda=0.{tenth}") for tenth in range(1, 10)],
+    # Tables 4, 7, 14 and 15 of KBVQ-MoE.
+    "klt": [
+        ("SVD", "kbvq@2 klt=false"),
+        ("KLT-SVD", "kbvq@2"),
+        *((f"KLT-SVD, rank in/{share}", f"kbvq@2 rank_share={1 / share}") for share in (256, 64, 32)),
+    ],
+    "bcos": [(mode, f"kbvq@2 bcos={mode}") for mode in ("off", "mean", "variance", "mean_variance", "regression")],
+    "methods": [
+        (text, text)
+        for text in ("moebius@1", "mobie", "moebius@2", "bitsmoe@2", "gptq@2", "gptvq@2", "kbvq@2", "arb", "billm", "rtn@2")
     ],
 }
 
@@ -58,9 +80,17 @@ moebius compare ./model --recipe "mobie gain=true" --recipe "rtn@1 gain=true" --
 
 [bold]Presets[/bold]
 
-demo: rtn at 1 bit, gptq at 2 bit, mobie, mobie with gain
+demo: rtn at 1 bit, gptq at 2 bit, mobie, mobie with gain, moebius at 1 bit
 
-ablation: mobie with and without CEJD, GLAS and NGES, the six combinations of the paper's Table 4"""
+ablation: mobie with and without CEJD, GLAS and NGES, the six combinations of the paper's Table 4
+
+plug-and-play: GLAS and NGES on billm and arb, IDRE and BCOS on gptvq
+
+shared-bits, lambda: the shared factor of mobie at 16, 8 and 4 bit; its null-space pull from 0.1 to 0.9
+
+klt, bcos: the parts of kbvq, with and without the coordinates of the inputs, at several ranks; what BCOS corrects
+
+methods: every method, at one and two bits"""
 
 _RECIPE_HELP = 'METHOD or METHOD@BITS, followed by KEY=VALUE words, such as "rtn@1 gain=true". May be repeated.'
 
@@ -72,7 +102,7 @@ def compare(
         typer.Option("--recipe", "-r", metavar="RECIPE", help=_RECIPE_HELP, show_default=False),
     ] = None,
     preset: Annotated[
-        Literal["demo", "ablation"] | None,
+        Literal["demo", "ablation", "plug-and-play", "shared-bits", "lambda", "klt", "bcos", "methods"] | None,
         typer.Option(help="Recipes that go together. Without --recipe: demo.", show_default=False),
     ] = None,
     calibration: Calibration = CalibrationSettings.text,

@@ -169,7 +169,7 @@ def assemble(
     block: int,
     salient_block: int,
 ) -> Tensor:
-    """The matrices that planes stand for, float32 (batch, rows, columns); arguments as in :meth:`GroupedSigns.pack`, signs ±1."""
+    """The matrices that planes stand for, float32; arguments as in :meth:`GroupedSigns.pack`, with ±1 for the signs."""
     columns = signs.shape[2]
     small, big = row_scales.repeat_interleave(block, dim=2)[:, :, :columns].unbind(3)
     first, second = salient_row_scales.repeat_interleave(salient_block, dim=2)[:, :, :columns].unbind(3)

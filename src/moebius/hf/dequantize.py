@@ -7,9 +7,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moebius.errors import UnsupportedModelError
+from moebius.formats import PackedProjection
 from moebius.models.layout import to_module_orientation
 from moebius.runtime.packed_experts import PackedExpertsMixin, packed_layout, packed_projections, unpack_experts
 from moebius.runtime.packed_linear import PackedWeightMixin, unpack_weight
+from moebius.types import ExpertsLayout
 
 
 def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -23,7 +25,7 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreT
         The same model, which ``save_pretrained`` writes as an ordinary checkpoint.
 
     Raises:
-        UnsupportedModelError: a model that Moebius did not pack.
+        UnsupportedModelError: a model that Moebius did not pack, or one with output biases that its plain class cannot hold.
     """
     quantizer = getattr(model, "hf_quantizer", None)
     if getattr(getattr(quantizer, "quantization_config", None), "quant_method", None) != "moebius":
@@ -36,7 +38,9 @@ def unpack_modules(model: nn.Module, dtype: torch.dtype) -> None:
     for module in list(model.modules()):
         if isinstance(module, PackedExpertsMixin):
             layout = packed_layout(module)
-            gate_up, down = (to_module_orientation(p.unpack().to(dtype), layout) for p in packed_projections(module))
+            projections = packed_projections(module)
+            _keep_biases(module, layout, projections)
+            gate_up, down = (to_module_orientation(p.unpack().to(dtype), layout) for p in projections)
             unpack_experts(module, gate_up, down)
         elif isinstance(module, PackedWeightMixin):
             unpack_weight(module, dtype)
@@ -45,3 +49,18 @@ def unpack_modules(model: nn.Module, dtype: torch.dtype) -> None:
     # What loading remembered belongs to the packed checkpoint: saving is to write the names of an ordinary one.
     for name in ("save_pretrained", "_weight_conversions"):
         model.__dict__.pop(name, None)
+
+
+def _keep_biases(module: nn.Module, layout: ExpertsLayout, projections: tuple[PackedProjection, PackedProjection]) -> None:
+    """Add packed output biases (BCOS) to those of the module, if it has any."""
+    for name, projection in zip((layout.gate_up_name, layout.down_name), projections, strict=True):
+        if projection.bias is None:
+            continue
+        if not layout.has_bias:
+            raise UnsupportedModelError(
+                f"{type(module).__name__}: the packed experts have output biases (bcos) that the plain class has no place for;"
+                " keep the model packed, or quantize it with bcos=variance"
+            )
+        own = getattr(module, f"{name}_bias")
+        with torch.no_grad():
+            own += projection.bias.unpack().squeeze(1).to(own.dtype)

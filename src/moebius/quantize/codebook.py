@@ -34,7 +34,7 @@ def quantize_vectors(
     """
     experts, rows, columns = weight.shape
     short = -columns % length
-    padded = torch.nn.functional.pad(weight, (0, short))
+    padded = torch.nn.functional.pad(weight, (0, short)).contiguous()  # some models keep their matrices transposed
     vectors = padded.view(experts, -1, length)
     entries = 2 ** code_bits(bits, length)
     seeds = seed_codebooks(_some(vectors, _SEEDING_VECTORS), entries, seed)

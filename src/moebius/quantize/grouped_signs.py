@@ -1,4 +1,4 @@
-"""Signs in two groups of magnitudes and a second plane in salient columns, block by block with error feedback (BiLLM, ARB-LLM)."""
+"""Signs in two groups of magnitudes, a second plane in salient columns, block by block with error feedback (BiLLM, ARB)."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def split_magnitudes(magnitudes: Tensor, counted: Tensor) -> Tensor:
 def _zones(
     block: Tensor, salient: Tensor, alternations: int | None, whole: tuple[_Scales, ...] | None = None
 ) -> tuple[_Scales, ...]:
-    """Scales of small and large entries, and of both planes of the salient columns; of these the rows of ``whole``, if given."""
+    """Scales of small and large entries, and of both planes of the salient columns; of the latter the rows of ``whole``."""
     magnitudes = block.abs()
     inside = salient.unsqueeze(1).expand_as(block)
     upper = split_magnitudes(magnitudes, ~salient)

@@ -1,0 +1,101 @@
+"""Sign planes: the nearest levels, GPTQ's feedback without an inverse, and errors that fall with planes."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from moebius.formats.planes import AMPLITUDES, DISTORTION
+from moebius.linalg.hessian import feedback_factor
+from moebius.quantize.feedback import columns_with_feedback
+from moebius.quantize.planes import deviations, feedback_weights, nested_levels, over_directions, over_entries, with_feedback
+
+EXPERTS, DIRECTIONS, ENTRIES = 3, 24, 40
+
+
+def randn(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def hessian(size: int, seed: int = 1) -> torch.Tensor:
+    x = (randn(EXPERTS, 4 * size, size, seed=seed) @ randn(size, size, seed=seed + 1)).double()
+    return x.mT @ x + torch.eye(size)
+
+
+@pytest.mark.parametrize("planes", AMPLITUDES)
+def test_nested_signs_are_the_nearest_levels(planes: int) -> None:
+    values = 2 * randn(1000, seed=0)
+    levels = torch.tensor([sum(p) for p in itertools.product(*((a, -a) for a in AMPLITUDES[planes]))])
+    nearest = levels[(values.unsqueeze(1) - levels).abs().argmin(1)]
+    assert torch.allclose(nested_levels(values, torch.tensor(AMPLITUDES[planes])), nearest, atol=1e-6)
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 64])
+def test_feedback_is_that_of_gptq(block_size: int) -> None:
+    """QuIP's Theorem 6: the factor of the Hessian and that of its inverse push the same errors."""
+    weight, moments = randn(EXPERTS, 9, DIRECTIONS, seed=3), hessian(DIRECTIONS)
+    mine, theirs = torch.zeros_like(weight), torch.zeros_like(weight)
+
+    def rounded(into: torch.Tensor, step: int, values: torch.Tensor) -> torch.Tensor:
+        into[:, :, step] = values.round()
+        return values.round()
+
+    with_feedback(weight.mT.contiguous(), feedback_weights(moments), block_size, lambda k, v: rounded(mine, k, v))
+    columns_with_feedback(weight.clone(), feedback_factor(moments), 8, lambda k, v: rounded(theirs, k, v))
+    assert torch.equal(mine, theirs)
+    plain = weight - weight.round()
+    fed = weight - mine
+    assert ((fed.double() @ moments) * fed).sum() < 0.7 * ((plain.double() @ moments) * plain).sum()
+
+
+def test_deviations_of_a_product_are_found() -> None:
+    directions, entries = randn(EXPERTS, DIRECTIONS, seed=4).exp(), randn(EXPERTS, ENTRIES, seed=5).exp()
+    live = torch.arange(DIRECTIONS) < torch.tensor([[24], [10], [0]])
+    signs = randn(EXPERTS, DIRECTIONS, ENTRIES, seed=6).sign()
+    found = deviations(signs * directions.unsqueeze(2) * entries.unsqueeze(1), live)
+    product = found[0].unsqueeze(2) * found[1].unsqueeze(1)
+    want = directions.unsqueeze(2) * entries.unsqueeze(1) * live.unsqueeze(2)
+    assert torch.allclose(product, want, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("planes", AMPLITUDES)
+@pytest.mark.parametrize("quantize", [over_directions, over_entries])
+def test_white_gaussians_err_by_the_distortion(planes: int, quantize: object) -> None:
+    target = randn(2, 128, 256, seed=7)
+    size = 128 if quantize is over_directions else 256
+    identity = torch.eye(size, dtype=torch.float64).expand(2, -1, -1)
+    got = quantize(target, identity, torch.full((2, 128), planes), 32)  # type: ignore[operator]
+    error = (got.factor() - target).square().mean() / target.square().mean()
+    assert error.item() == pytest.approx(DISTORTION[planes], rel=0.06)
+
+
+@pytest.mark.parametrize("quantize", [over_directions, over_entries])
+def test_planes_follow_their_counts(quantize: object) -> None:
+    target = randn(EXPERTS, DIRECTIONS, ENTRIES, seed=8)
+    moments = hessian(DIRECTIONS if quantize is over_directions else ENTRIES)
+    counts = (torch.arange(DIRECTIONS) < torch.tensor([[[20], [12], [3]], [[0], [0], [0]], [[24], [24], [24]]])).sum(1)
+    got = quantize(target, moments, counts, 16)  # type: ignore[operator]
+    factor = got.factor()
+    assert not factor[counts == 0].any() and factor[counts > 0].any(1).all()
+    assert (got.entry_scales[0] > 0).all()
+    amplitudes = torch.tensor([[0.0] * 4, *((*a, *[0.0] * (4 - len(a))) for a in AMPLITUDES.values())])[counts]
+    rebuilt = torch.zeros_like(target)
+    for plane, positive in enumerate(got.positive().unbind(1)):
+        rebuilt += torch.where(positive, 1.0, -1.0) * amplitudes[..., plane, None]
+    assert torch.allclose(rebuilt, got.levels, atol=1e-6)
+    coarse, fine = got.rounded_scales(4).factor(), got.rounded_scales(8).factor()
+    assert (fine - factor).norm() < 0.02 * factor.norm() < (coarse - factor).norm() + 0.02 * factor.norm()
+
+
+def test_feedback_over_directions_lowers_the_error_it_is_for() -> None:
+    target, moments = randn(EXPERTS, DIRECTIONS, ENTRIES, seed=9), hessian(DIRECTIONS)
+    counts = torch.ones(EXPERTS, DIRECTIONS, dtype=torch.int64)
+    identity = torch.eye(DIRECTIONS, dtype=torch.float64).expand(EXPERTS, -1, -1)
+
+    def error(used: torch.Tensor) -> float:
+        wrong = (target - over_directions(target, used, counts, 8).factor()).double()
+        return (wrong * (moments @ wrong)).sum().item()
+
+    assert error(moments) < 0.8 * error(identity)
