@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -26,6 +25,7 @@ from moebius.methods.linear import quantize_linear
 from moebius.methods.router import quantize_router
 from moebius.models.layout import read_weights
 from moebius.models.load import check_coverage, load_moe_model
+from moebius.pipeline.memory import PeakMemory
 from moebius.progress import Progress, Silent
 from moebius.recipe import CalibrationSettings, Recipe
 from moebius.types import PROJECTIONS, ExpertWeights, LayerStats, MoeLayer, MoeModel
@@ -64,7 +64,7 @@ def quantize_model(
         MoebiusError: one of its subclasses for every cause that is known, before ``out`` exists.
     """
     progress = progress or Silent()
-    clock = _Clock()
+    clock, memory = _Clock(), PeakMemory()
     writer = CheckpointWriter(out)
     checkpoint = SourceCheckpoint.open(source)
     checkpoint.check_finite(checkpoint.names(), progress)
@@ -95,8 +95,7 @@ def quantize_model(
     writer.finish(checkpoint, config, {REPORT_NAME: json.dumps(report, indent=1) + "\n"})
     clock.lap("write")
     progress.finish()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {**report, "seconds": clock.laps, "peak_memory_bytes": peak}
+    return {**report, "seconds": clock.laps, "peak_memory_bytes": memory.bytes()}
 
 
 class _Job:
