@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moebius.formats import PackedProjection
-from moebius.linalg.eigen import null_space_projector
+from moebius.linalg.eigen import used_directions
 from moebius.methods import METHODS, base, mobie
 from moebius.methods.linear import plan_linear, quantize_linear
 from moebius.methods.router import plan_router, quantize_router
@@ -227,6 +227,6 @@ def test_the_router_is_binarized_and_held_in_place() -> None:
     assert plan_router((8, 24), recipe).spec() == packed.spec()
     assert packed.stored_bits() == 8 * 24 + 16 * (8 + 24)
     # In the directions that inputs use, the scaled router errs less than the one without null-space scaling.
-    used = torch.eye(24) - null_space_projector(x.T @ x, recipe.null_space_threshold)
+    used = used_directions((x.T @ x).unsqueeze(0), recipe.null_space_threshold)
     plain = mixed_order(weight.unsqueeze(0), torch.zeros(1, 24, dtype=torch.bool), recipe.alternations).matrix()
     assert ((packed.unpack() - weight) @ used).norm() < ((plain - weight) @ used).norm()

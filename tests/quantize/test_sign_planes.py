@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from moebius.formats.planes import AMPLITUDES, DISTORTION
-from moebius.linalg.hessian import feedback_factor
-from moebius.quantize.feedback import columns_with_feedback
+from moebius.linalg.hessian import feedback_factor, feedback_weights
+from moebius.quantize.feedback import columns_with_feedback, with_feedback
 from moebius.quantize.planes import deviations, feedback_weights, nested_levels, over_directions, over_entries, with_feedback
 
 EXPERTS, DIRECTIONS, ENTRIES = 3, 24, 40
@@ -66,7 +66,7 @@ def test_white_gaussians_err_by_the_distortion(planes: int, quantize: object) ->
     target = randn(2, 128, 256, seed=7)
     size = 128 if quantize is over_directions else 256
     identity = torch.eye(size, dtype=torch.float64).expand(2, -1, -1)
-    got = quantize(target, identity, torch.full((2, 128), planes), 32)  # type: ignore[operator]
+    got = quantize(target, identity.float() if quantize is over_directions else identity, torch.full((2, 128), planes), 32)  # type: ignore[operator]
     error = (got.factor() - target).square().mean() / target.square().mean()
     assert error.item() == pytest.approx(DISTORTION[planes], rel=0.06)
 
@@ -76,7 +76,7 @@ def test_planes_follow_their_counts(quantize: object) -> None:
     target = randn(EXPERTS, DIRECTIONS, ENTRIES, seed=8)
     moments = hessian(DIRECTIONS if quantize is over_directions else ENTRIES)
     counts = (torch.arange(DIRECTIONS) < torch.tensor([[[20], [12], [3]], [[0], [0], [0]], [[24], [24], [24]]])).sum(1)
-    got = quantize(target, moments, counts, 16)  # type: ignore[operator]
+    got = quantize(target, feedback_weights(moments) if quantize is over_directions else moments, counts, 16)  # type: ignore[operator]
     factor = got.factor()
     assert not factor[counts == 0].any() and factor[counts > 0].any(1).all()
     assert (got.entry_scales[0] > 0).all()
@@ -95,7 +95,7 @@ def test_feedback_over_directions_lowers_the_error_it_is_for() -> None:
     identity = torch.eye(DIRECTIONS, dtype=torch.float64).expand(EXPERTS, -1, -1)
 
     def error(used: torch.Tensor) -> float:
-        wrong = (target - over_directions(target, used, counts, 8).factor()).double()
+        wrong = (target - over_directions(target, feedback_weights(used), counts, 8).factor()).double()
         return (wrong * (moments @ wrong)).sum().item()
 
     assert error(moments) < 0.8 * error(identity)

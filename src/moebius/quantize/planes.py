@@ -8,7 +8,6 @@ are pushed from direction to direction; where it is one over entries (``down``),
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +15,8 @@ from torch import Tensor
 
 from moebius.formats.logarithmic import rounded
 from moebius.formats.planes import AMPLITUDES, MOST_PLANES
+from moebius.linalg.hessian import feedback_weights
+from moebius.quantize.feedback import with_feedback
 
 _TINY = 1e-30  # keeps 0/0 at 0 where there is nothing
 _ALTERNATIONS = 8
@@ -102,12 +103,12 @@ def deviations(target: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
     return of_direction.sqrt() * live, of_entry.sqrt()
 
 
-def over_directions(target: Tensor, hessian: Tensor, counts: Tensor, block_size: int) -> PlaneLevels:
+def over_directions(target: Tensor, weights: Tensor, counts: Tensor, block_size: int) -> PlaneLevels:
     """Planes for factors whose Hessian is over their directions.
 
     Args:
         target: (experts, directions, entries) float32.
-        hessian: (experts, directions, directions) float64, positive definite; identity in directions without planes.
+        weights: of that Hessian, see :func:`moebius.linalg.hessian.feedback_weights`. (experts, directions, directions)
         counts: planes. (experts, directions)
         block_size: directions whose errors are pushed on together: a matter of speed.
     """
@@ -123,7 +124,7 @@ def over_directions(target: Tensor, hessian: Tensor, counts: Tensor, block_size:
         levels[:, direction], fitted[:, direction] = level, fit
         return shape * fit.unsqueeze(1)
 
-    with_feedback(target, feedback_weights(hessian), block_size, quantize)
+    with_feedback(target, weights, block_size, quantize)
     return PlaneLevels(levels, counts, fitted, entry_scales)
 
 
@@ -157,37 +158,6 @@ def over_entries(target: Tensor, moments: Tensor, counts: Tensor, block_size: in
     back = order.argsort(1)
     levels = levels.gather(1, back.unsqueeze(2).expand_as(levels)).mT.contiguous()
     return PlaneLevels(levels, counts, direction_scales, fitted.gather(1, back))
-
-
-def feedback_weights(hessian: Tensor) -> Tensor:
-    """The unit upper factor ``V`` of ``H = V D Vᵀ``: how errors of earlier steps change what a later step aims for.
-
-    This is GPTQ's feedback without the inverse of the Hessian (Chee et al., QuIP, 2023, Theorem 6): step ``k`` quantizes
-    ``w_k + Σ_{j<k} (w_j − q_j) V_jk``. (experts, n, n) to float32 (experts, n, n)
-    """
-    upper = torch.linalg.cholesky(hessian.flip(1, 2)).flip(1, 2)
-    return (upper / upper.diagonal(dim1=1, dim2=2).unsqueeze(1)).float()
-
-
-def with_feedback(target: Tensor, weights: Tensor, block_size: int, quantize: Callable[[int, Tensor], Tensor]) -> None:
-    """Visit the steps of a batch of targets in order, each with the errors of those before it folded in.
-
-    Args:
-        target: (experts, steps, width) float32.
-        weights: see :func:`feedback_weights`.
-        block_size: steps whose errors are gathered before they are pushed further.
-        quantize: called with the index of a step and what it aims for, (experts, width); returns what it became.
-    """
-    errors = torch.zeros_like(target)
-    steps = target.shape[1]
-    for start in range(0, steps, block_size):
-        stop = min(start + block_size, steps)
-        aims = torch.baddbmm(target[:, start:stop], weights[:, :start, start:stop].mT, errors[:, :start])
-        for step in range(start, stop):
-            aim = aims[:, step - start]
-            if step > start:
-                aim = torch.baddbmm(aim.unsqueeze(1), weights[:, None, start:step, step], errors[:, start:step]).squeeze(1)
-            errors[:, step] = target[:, step] - quantize(step, aim)
 
 
 def _fit(values: Tensor, shape: Tensor) -> Tensor:
