@@ -99,6 +99,6 @@ def test_the_block_size_of_the_feedback_changes_nothing_but_speed() -> None:
 
 def test_zero_weights_stay_zero() -> None:
     weight, weights = torch.zeros(2, 4, 8), torch.eye(8).expand(2, 8, 8)
-    planes = mixed_order_with_feedback(weight, some_salient(2, 8, 8, seed=0), factor, alternations=3, block_size=4)
+    planes = mixed_order_with_feedback(weight, some_salient(2, 8, 8, seed=0), weights, alternations=3, block_size=4)
     assert not planes.matrix().any()
     assert not mixed_order(weight, some_salient(2, 8, 8, seed=0), 3).matrix().any()

@@ -10,7 +10,7 @@ import torch
 from moebius.formats.planes import AMPLITUDES, DISTORTION
 from moebius.linalg.hessian import feedback_factor, feedback_weights
 from moebius.quantize.feedback import columns_with_feedback, with_feedback
-from moebius.quantize.planes import deviations, feedback_weights, nested_levels, over_directions, over_entries, with_feedback
+from moebius.quantize.planes import deviations, nested_levels, over_directions, over_entries
 
 EXPERTS, DIRECTIONS, ENTRIES = 3, 24, 40
 

@@ -102,5 +102,5 @@ def mixed_order_with_feedback(
         return quantized
 
     with_feedback(columns, weights, block_size, binarize)
-    planes = (torch.where(positive.mT, 1.0, -1.0).to(weight.dtype) for positive in (first, second))
-    return SignPlanes(*planes, salient, row_scales, first_scales, second_scales)
+    planes = [torch.where(positive.mT, 1.0, -1.0).to(weight.dtype) for positive in (first, second)]
+    return SignPlanes(planes[0], planes[1], salient, row_scales, first_scales, second_scales)
