@@ -86,6 +86,7 @@ class _Packer:
     ) -> None:
         self.weight, self.moments, self.recipe, self.widths, self.side = weight, stats.second_moment, recipe, widths, basis.side
         self.layer = layer_mean(stats.second_moment)
+        self.pace = {"sweeps": recipe.sweeps, "block_size": recipe.block_size}
         self.shared = basis.unpack()[0] if basis.side == "input" else basis.unpack()[0].mT  # (kept, length)
         self.coordinates = coordinates(self.shared, metric) if basis.side == "output" else None
 
@@ -137,12 +138,13 @@ class _Packer:
         hessian = (passed @ shared.mT).mul_(live.unsqueeze(2) & live.unsqueeze(1)).double()
         hessian.diagonal(dim1=1, dim2=2).add_((~live).double())
         upper, roots = unit_upper(hessian)
+        hessian = hessian.float()
         target = solve_unit_upper(upper, roots, passed @ weight.mT * live.unsqueeze(2))
-        planes = over_directions(target, upper, counts, self.recipe.block_size)
+        planes = over_directions(target, hessian, upper, counts, **self.pace)
         if self.recipe.gain:
             planes = planes.rounded_scales(self.recipe.scale_bits)
             got = planes.factor()
-            energy = ((hessian.float() @ got) * got).sum(1)
+            energy = ((hessian @ got) * got).sum(1)
             planes = planes.scaled(entries=_gain(((weight @ moments) * weight).sum(2), energy))
         return planes
 
@@ -151,7 +153,7 @@ class _Packer:
         assert self.coordinates is not None
         target = (self.coordinates[: counts.shape[1]] @ self.weight[some].float()) * (counts > 0).unsqueeze(2)
         moments = self._conditioned(some)
-        planes = over_entries(target, moments, counts, self.recipe.block_size)
+        planes = over_entries(target, moments, counts, **self.pace)
         if self.recipe.gain:
             planes = planes.rounded_scales(self.recipe.scale_bits)
             gain = row_gain(target, planes.factor(), moments.float())

@@ -64,6 +64,37 @@ def with_feedback(target: Tensor, weights: Tensor, block_size: int, quantize: Ca
             errors[:, step] = target[:, step] - quantize(step, aim)
 
 
+def with_all_errors(
+    target: Tensor, current: Tensor, hessian: Tensor, block_size: int, quantize: Callable[[int, Tensor], Tensor]
+) -> None:
+    """Visit the steps once more, each in view of the errors of all others: those before it as they have become by now.
+
+    Where :func:`with_feedback` leaves what a step cannot know yet to the steps after it, this is coordinate descent on the
+    error under the Hessian.
+
+    Args:
+        target: (experts, steps, width) float32.
+        current: what the steps are; overwritten with what they become. (experts, steps, width)
+        hessian: (experts, steps, steps) float32, with a positive diagonal.
+        block_size: steps whose changes are gathered before they are pushed further.
+        quantize: as for :func:`with_feedback`.
+    """
+    weights = hessian / hessian.diagonal(dim1=1, dim2=2).unsqueeze(2)
+    errors = target - current
+    steps = target.shape[1]
+    for start in range(0, steps, block_size):
+        stop = min(start + block_size, steps)
+        before = errors[:, start:stop].clone()
+        aims = current[:, start:stop] + weights[:, start:stop] @ errors
+        for step in range(start, stop):
+            aim = aims[:, step - start]
+            if step > start:
+                changes = errors[:, start:step] - before[:, : step - start]
+                aim = torch.baddbmm(aim.unsqueeze(1), weights[:, step, None, start:step], changes).squeeze(1)
+            current[:, step] = quantize(step, aim)
+            errors[:, step] = target[:, step] - current[:, step]
+
+
 def mixed_order_with_feedback(
     weight: Tensor, salient: Tensor, weights: Tensor, *, alternations: int, block_size: int
 ) -> SignPlanes:
