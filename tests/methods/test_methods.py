@@ -68,6 +68,14 @@ def recipes() -> list[Recipe]:
         Recipe.make("mobie", glas_groups=4, salient_fraction=0.2),
         *(Recipe.make(name, bits, gain=gain) for name in ("rtn", "gptq") for bits in range(1, 9) for gain in (True, False)),
         *(Recipe.make(name, 2, group_size=size) for name in ("rtn", "gptq") for size in (0, 16)),
+        *(
+            Recipe.make(name, glas=glas, nges=nges, gain=gain, group_size=16)
+            for name in ("billm", "arb")
+            for glas, nges, gain in itertools.product([True, False], repeat=3)
+        ),
+        *(Recipe.make("gptvq", bits, error_feedback=feedback) for bits in (1, 1.5, 2) for feedback in (True, False)),
+        *(Recipe.make("kbvq", bcos=mode) for mode in ("off", "mean", "variance", "mean_variance", "regression")),
+        *(Recipe.make("kbvq", 1, idre=idre, klt=klt, rank_share=0.1) for idre in (True, False) for klt in (True, False)),
     ]
 
 
