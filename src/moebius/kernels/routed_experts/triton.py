@@ -48,8 +48,6 @@ _WORDS_DOWN, _WORDS_ALONG = 16, 32
 #: Rows of signs that a program handles at a time.
 _ROWS_ALONG = 64
 
-_INTERPRETED = not isinstance(kernels.weighted_sum_kernel, triton.JITFunction)
-
 
 def routed_experts(
     hidden: Tensor,
@@ -123,7 +121,7 @@ def refusal(gate_up: PackedProjection, down: PackedProjection, activation: Calla
             if part is not None and not isinstance(part, (Graded, Integers)):
                 return f"{name} has a shared factor of format {part.name!r}, wanted graded or integers"
         device = next(iter(factor.tensors().values())).device
-        if device.type != "cuda" and not _INTERPRETED:
+        if device.type != "cuda" and not kernels.INTERPRETED.value:
             return f"{name} is on {device}, wanted a CUDA device"
     if isinstance(gate_up.factor, Planes) and gate_up.left is not None:
         return "gate_up has planes behind a left factor"
@@ -172,8 +170,7 @@ class _Route:
 
     def settings(self) -> dict[str, Any]:
         """What kernels that multiply with signs are compiled for."""
-        pairs = not _INTERPRETED and torch.version.hip is None
-        return {"M": self.block, "SCAN": self.scan, "TYPE": _triton_type(self.type), "PAIRS": pairs}
+        return {"M": self.block, "SCAN": self.scan, "TYPE": _triton_type(self.type)}
 
 
 def _route(top_k_index: Tensor, experts: int, dtype: torch.dtype) -> _Route:

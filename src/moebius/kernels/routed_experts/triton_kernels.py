@@ -15,8 +15,33 @@ Arguments in lower case vary from call to call; those in capitals are compiled i
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def _to(x, TYPE: tl.constexpr):
+    """Numbers in another type, rounded to the nearest."""
+    if INTERPRETED and TYPE == tl.bfloat16:  # its own conversion cuts off
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        x = bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(TYPE)
+
+
+@triton.jit
+def _dot(a, b, total):
+    """``total + a @ b`` in float32."""
+    if INTERPRETED:  # its own product of bf16 numbers is one of their bits
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
+#: Whether Triton runs kernels in its interpreter: ``TRITON_INTERPRET=1`` when it was imported.
+INTERPRETED = tl.constexpr(not isinstance(_to, triton.JITFunction))
+#: Whether signs are made by an instruction of NVIDIA's.
+PAIRS = tl.constexpr(not INTERPRETED.value and torch.version.hip is None)
 
 
 @triton.jit
@@ -68,7 +93,7 @@ def _load_words(signs, rows, row_inside, q, words, row_bytes, WIDE: tl.constexpr
 
 
 @triton.jit
-def _next_signs(words, TYPE: tl.constexpr, PAIRS: tl.constexpr):
+def _next_signs(words, TYPE: tl.constexpr):
     """±1 by the last entry of each word, and the words with the entry before it in its place."""
     if TYPE == tl.bfloat16 and PAIRS:  # two words to a register: the compiler does not find that by itself
         signs, words = tl.inline_asm_elementwise(
@@ -155,16 +180,16 @@ def shared_kernel(
             middle = ((1 << width) - 1).to(tl.float32) * 0.5
             code = _code(codes, begin, width, entry[None, :], inside)
         # At most 8 bits without trailing zeros: exact in bf16.
-        weight = tl.where(inside, code.to(tl.float32) - middle, 0.0).to(TYPE)
+        weight = _to(tl.where(inside, code.to(tl.float32) - middle, 0.0), TYPE)
         if ALONG:
-            total = tl.dot(x.to(TYPE), tl.trans(weight), total, input_precision="ieee")
+            total = _dot(_to(x, TYPE), tl.trans(weight), total)
         else:
             x = x.to(tl.float32) * tl.load(scales + k, mask=k < inputs, other=0.0)[None, :]
-            total = tl.dot(x.to(TYPE), weight, total, input_precision="ieee")
+            total = _dot(_to(x, TYPE), weight, total)
     if ALONG:
         total *= tl.load(scales + n, mask=n < outputs, other=0.0)[None, :]
     at = (split.to(tl.int64) * count + m)[:, None] * outputs + n[None, :]
-    tl.store(out + at, total, mask=(m < count)[:, None] & (n < outputs)[None, :])
+    tl.store(out + at, _to(total, out.dtype.element_ty), mask=(m < count)[:, None] & (n < outputs)[None, :])
 
 
 @triton.jit(do_not_specialize=["slots"])
@@ -173,7 +198,7 @@ def down_rows_kernel(
     signs, widths, row_begins, live_begins, live_places, codes, grids, amplitudes,
     slots, experts, top_k, length, words, row_bytes,
     M: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr, SCAN: tl.constexpr,
-    PLANES: tl.constexpr, BITS: tl.constexpr, WIDE: tl.constexpr, TYPE: tl.constexpr, PAIRS: tl.constexpr,
+    PLANES: tl.constexpr, BITS: tl.constexpr, WIDE: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     """Planes whose stored rows are inputs (``side="input"``): sums down the rows, without the scales of the outputs.
 
@@ -217,12 +242,12 @@ def down_rows_kernel(
         factor = _scale(codes, grids, 0, first_live + direction, matrix, rows > 0, inside, BITS)
         factor *= tl.load(amplitudes + planes * 4 + plane, mask=inside, other=0.0)
         x = tl.load(states + token[:, None] * length + direction[None, :], mask=real[:, None] & inside[None, :], other=0.0)
-        x = (x * factor[None, :]).to(TYPE)
+        x = _to(x * factor[None, :], TYPE)
         rest = _load_words(signs, first_row + row, inside, q, words, row_bytes, WIDE)
         sums = ()
         for i in tl.static_range(16):
-            ones, rest = _next_signs(rest, TYPE, PAIRS)
-            sums = sums + (tl.dot(x, ones, totals[i], input_precision="ieee"),)  # noqa: RUF005
+            ones, rest = _next_signs(rest, TYPE)
+            sums = sums + (_dot(x, ones, totals[i]),)  # noqa: RUF005
         totals = sums
     at = out + (split * slots + slot).to(tl.int64)[:, None] * (16 * words) + q[None, :]
     for i in tl.static_range(16):
@@ -232,7 +257,7 @@ def down_rows_kernel(
 @triton.jit
 def _along_rows(
     total, signs, rows, row_inside, words, row_bytes, states, real,
-    Q: tl.constexpr, WIDE: tl.constexpr, TYPE: tl.constexpr, PAIRS: tl.constexpr,
+    Q: tl.constexpr, WIDE: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     """Add the products of sign rows with states in word order: (rows, M). ``states`` points to the first position of each."""
     for q0 in range(0, words, Q):
@@ -241,8 +266,8 @@ def _along_rows(
         inside = (q < words)[:, None] & real[None, :]
         for i in tl.static_range(16):
             x = tl.load(states[None, :] + (i * words + q)[:, None], mask=inside, other=0.0)
-            ones, rest = _next_signs(rest, TYPE, PAIRS)
-            total = tl.dot(ones, x, total, input_precision="ieee")
+            ones, rest = _next_signs(rest, TYPE)
+            total = _dot(ones, x, total)
     return total
 
 
@@ -252,7 +277,7 @@ def along_planes_kernel(
     signs, widths, row_begins, live_begins, live_places, codes, grids, amplitudes,
     slots, experts, directions, words, row_bytes,
     M: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, SCAN: tl.constexpr,
-    PLANES: tl.constexpr, BITS: tl.constexpr, WIDE: tl.constexpr, TYPE: tl.constexpr, PAIRS: tl.constexpr,
+    PLANES: tl.constexpr, BITS: tl.constexpr, WIDE: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     """Planes whose stored rows are outputs (``side="output"``): a dot product along each row.
 
@@ -277,7 +302,7 @@ def along_planes_kernel(
         if first < width:
             inside = direction < width
             part = tl.zeros((N, M), tl.float32)
-            part = _along_rows(part, signs, row, inside, words, row_bytes, x, real, Q, WIDE, TYPE, PAIRS)
+            part = _along_rows(part, signs, row, inside, words, row_bytes, x, real, Q, WIDE, TYPE)
             total += part * tl.load(amplitudes + planes * 4 + p, mask=inside, other=0.0)[:, None]
         row += width
     place, matrix = tl.load(live_begins + expert) + direction, tl.load(live_places + expert)
@@ -293,7 +318,7 @@ def along_signs_kernel(
     signs, salient_signs, row_scales,
     slots, experts, rows, words, row_bytes, salient_words, salient_bytes,
     M: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, SCAN: tl.constexpr,
-    SALIENT: tl.constexpr, WIDE: tl.constexpr, SALIENT_WIDE: tl.constexpr, TYPE: tl.constexpr, PAIRS: tl.constexpr,
+    SALIENT: tl.constexpr, WIDE: tl.constexpr, SALIENT_WIDE: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     """:class:`~moebius.formats.signs.Signs`: a dot product along each row, and one along its salient columns.
 
@@ -310,7 +335,7 @@ def along_signs_kernel(
     row = expert.to(tl.int64) * rows + n
     x = states + slot.to(tl.int64) * (16 * (words + salient_words))
     total = tl.zeros((N, M), tl.float32)
-    total = _along_rows(total, signs, row, inside, words, row_bytes, x, real, Q, WIDE, TYPE, PAIRS)
+    total = _along_rows(total, signs, row, inside, words, row_bytes, x, real, Q, WIDE, TYPE)
     if SALIENT:
         x += 16 * words
         total = _along_rows(
@@ -423,7 +448,7 @@ def prepare_kernel(
             up_words, up_bytes, inside, SPLITS, UP_BITS, BIASED,
         )  # fmt: skip
     value = tl.where(inside, value * scale, 0.0)
-    tl.store(out + slot.to(tl.int64) * width + position, value, mask=position < width)
+    tl.store(out + slot.to(tl.int64) * width + position, _to(value, out.dtype.element_ty), mask=position < width)
 
 
 @triton.jit
@@ -443,4 +468,4 @@ def weighted_sum_kernel(outputs, out, index, weights, experts, top_k, width, BLO
         inside = (column < width) & _where((expert >= 0) & (expert < experts), column)
         part = tl.load(outputs + slot.to(tl.int64) * width + column, mask=inside, other=0.0)
         total += part * tl.load(weights + slot).to(tl.float32)
-    tl.store(out + token.to(tl.int64) * width + column, total, mask=column < width)
+    tl.store(out + token.to(tl.int64) * width + column, _to(total, out.dtype.element_ty), mask=column < width)
