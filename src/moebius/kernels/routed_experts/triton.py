@@ -42,11 +42,9 @@ _SCANNED = 256
 #: Programs that keep a large GPU busy. A number for each device would sum in another order on each.
 _BUSY = 512
 #: Most parts that a sum is split into to have so many.
-_MOST_SPLITS = 8
-#: Words of signs that a program handles at a time, 16 entries each.
-_WORDS_DOWN, _WORDS_ALONG = 16, 32
-#: Rows of signs that a program handles at a time.
-_ROWS_ALONG = 64
+_MOST_SPLITS = 16
+#: Rows of signs along inputs that a program works for.
+_ROWS = 64
 
 
 def routed_experts(
@@ -275,9 +273,7 @@ def _gate_up(factor: Packed, coordinates: Tensor, route: _Route) -> _States:
     return _States(_along(factor, prepared, route), factor.rows)
 
 
-def _down(
-    down: PackedProjection, states: _States, act: tuple[str, bool], bias: Tensor | None, route: _Route
-) -> Tensor:
+def _down(down: PackedProjection, states: _States, act: tuple[str, bool], bias: Tensor | None, route: _Route) -> Tensor:
     """Activation, then the right and the expert factor of ``down``: float32 (slots, rows of the factor)."""
     if down.right is None:
         return _along(down.factor, _prepare(down.factor, states, route, act=act, bias=bias), route)
@@ -287,17 +283,19 @@ def _down(
 
 def _down_rows(factor: Planes, coordinates: Tensor, route: _Route) -> _States:
     assert factor.signs is not None and factor.widths is not None
-    words, tables = _words(factor.entries), _planes_tables(factor)
-    tiles = triton.cdiv(words, _WORDS_DOWN)
+    words, directory = _words(factor.entries), _directory(factor)
+    # Sums take registers: 16 · M · Q of them. Fewer words than 8 for each of four warps would make warps repeat each other.
+    tile = {"Q": 32, "K": 64} if route.block == 16 else {"Q": 16, "K": 32}
+    tiles = triton.cdiv(words, tile["Q"])
     splits = 2 ** int(math.log2(min(_MOST_SPLITS, max(1, _BUSY // (route.blocks * tiles)))))
     out = coordinates.new_empty(splits, route.slots, 16 * words, dtype=torch.float32)
     signs, wide = _wide(factor.signs)
     kernels.down_rows_kernel[(route.blocks, tiles, splits)](
         coordinates, out, *route.members(),
-        signs, factor.widths, *tables, factor.direction_codes, factor.direction_grids, _amplitudes(out.device),
+        signs, directory.widths, directory.rows, directory.codes, directory.grids,
+        factor.direction_codes, factor.direction_grids, _amplitudes(out.device),
         route.slots, route.experts, route.top_k, coordinates.shape[1], words, factor.signs.shape[1],
-        Q=_WORDS_DOWN, K=64 if route.block == 16 else 32, SPLITS=splits,
-        PLANES=factor.planes, BITS=factor.scale_bits, WIDE=wide, **route.settings(), num_warps=4,
+        SPLITS=splits, PLANES=directory.planes, BITS=factor.scale_bits, WIDE=wide, **tile, **route.settings(), num_warps=4,
     )  # fmt: skip
     return _States(out, factor.entries, factor)
 
@@ -306,16 +304,21 @@ def _along(factor: Packed, prepared: Tensor, route: _Route) -> Tensor:
     """Prepared states through a factor whose stored rows are outputs: float32 (slots, rows). Padding slots are not written."""
     assert isinstance(factor, (Planes, Signs)) and factor.signs is not None
     out = prepared.new_empty(route.slots, factor.rows, dtype=torch.float32)
-    grid = (route.blocks, triton.cdiv(factor.rows, _ROWS_ALONG))
+    grid = (route.blocks, triton.cdiv(factor.rows, _ROWS))
     signs, wide = _wide(factor.signs)
     words, row_bytes = _words(factor.columns), packed_width(factor.columns, 1)
-    tile: dict[str, Any] = {"N": _ROWS_ALONG, "Q": _WORDS_ALONG, "WIDE": wide, **route.settings(), "num_warps": 4}
+    # States of the sixteen steps are on their way at once: two stages of 64 slots and 16 words fill 64 KiB of shared memory.
+    words_at_once, stages = (32, 3) if route.block == 16 else (16, 2)
+    tile: dict[str, Any] = {"N": _ROWS, "Q": words_at_once, "WIDE": wide, **route.settings()}
+    tile |= {"num_warps": 4, "num_stages": stages}
     if isinstance(factor, Planes):
+        directory = _directory(factor)
         kernels.along_planes_kernel[grid](
             prepared, out, *route.members(),
-            signs, factor.widths, *_planes_tables(factor), factor.direction_codes, factor.direction_grids,
-            _amplitudes(out.device), route.slots, route.experts, factor.rows, words, row_bytes,
-            PLANES=factor.planes, BITS=factor.scale_bits, **tile,
+            signs, directory.widths, directory.rows, directory.codes, directory.grids,
+            factor.direction_codes, factor.direction_grids, _amplitudes(out.device),
+            route.slots, route.experts, factor.rows, words, row_bytes,
+            PLANES=directory.planes, BITS=factor.scale_bits, **tile,
         )  # fmt: skip
         return out
     salient, salient_wide = (signs, wide) if factor.salient_signs is None else _wide(factor.salient_signs)
@@ -344,39 +347,64 @@ def _prepare(
     """
     activation, gated = act
     entries = states.channels // 2 if gated else states.channels
-    words, codes = _words(entries), route.index  # route.index stands for what is not there and not read
-    arguments: dict[str, Any] = dict.fromkeys(("scales", "places", "grids", "widths", "picked", "picked_scales"), route.index)
-    flags: dict[str, Any] = {"READER": "plain", "PLANES": 1, "BITS": 8}
-    width, salient, code_bytes = entries, 0, 0
-    if isinstance(reader, Planes):
-        _, _, places = _planes_tables(reader)
-        arguments |= {"scales": reader.entry_codes, "places": places, "grids": reader.entry_grids, "widths": reader.widths}
-        flags = {"READER": "planes", "PLANES": reader.planes, "BITS": reader.scale_bits}
-        width, code_bytes = 16 * words, packed_width(entries, reader.scale_bits)
-    elif isinstance(reader, Signs):
-        arguments["scales"], salient = reader.column_scales, reader.salient
-        flags["READER"] = "signs"
-        width = 16 * (words + _words(salient))
-        if salient:
-            arguments |= {"picked": _picked(reader), "picked_scales": reader.salient_column_scales}
-    before = states.planes
-    up: dict[str, Any] = dict.fromkeys(("up_widths", "up_places", "up_codes", "up_grids"), codes)
-    if before is not None:
-        _, _, places = _planes_tables(before)
-        up = {"up_widths": before.widths, "up_places": places, "up_codes": before.entry_codes, "up_grids": before.entry_grids}
-    out = states.values.new_empty(route.slots, width, dtype=torch.float32 if reader is None else route.type)
-    block = min(1024, max(128, triton.next_power_of_2(width)))
-    kernels.prepare_kernel[(route.slots, triton.cdiv(width, block))](
-        states=states.values, out=out, index=route.index, bias=route.index if bias is None else bias.contiguous(),
-        **up, **arguments,
-        slots=route.slots, experts=route.experts, top_k=route.top_k, channels=states.channels,
-        up_words=_words(states.channels), up_bytes=0 if before is None else packed_width(before.entries, before.scale_bits),
-        entries=entries, words=words, code_bytes=code_bytes, salient=salient, salient_words=_words(salient),
-        SPLITS=0 if before is None else len(states.values), UP_PLANES=1 if before is None else before.planes,
-        UP_BITS=8 if before is None else before.scale_bits, BIASED=bias is not None,
-        PER_TOKEN=per_token, ACTIVATION=activation, GATED=gated, **flags, BLOCK=block, num_warps=4,
+    writes = _writes(reader, entries)
+    out = states.values.new_empty(route.slots, writes.width, dtype=torch.float32 if reader is None else route.type)
+    block = min(1024, max(128, triton.next_power_of_2(writes.width)))
+    kernels.prepare_kernel[(route.slots, triton.cdiv(writes.width, block))](
+        states.values, out, route.index, bias=None if bias is None else bias.contiguous(),
+        slots=route.slots, experts=route.experts, top_k=route.top_k, channels=states.channels, entries=entries,
+        PER_TOKEN=per_token, BIASED=bias is not None, ACTIVATION=activation, GATED=gated,
+        **_left(states), **writes.arguments, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return out
+
+
+def _left(states: _States) -> dict[str, Any]:
+    """What ``prepare_kernel`` needs to know of the product before."""
+    planes = states.planes
+    if planes is None:
+        tensors = dict.fromkeys(("up_widths", "up_places", "up_codes", "up_grids"))
+        return {**tensors, "up_words": 0, "up_bytes": 0, "SPLITS": 0, "UP_PLANES": 1, "UP_BITS": 8}
+    directory = _directory(planes)
+    return {
+        "up_widths": directory.widths,
+        "up_places": directory.grids,
+        "up_codes": planes.entry_codes,
+        "up_grids": planes.entry_grids,
+        "up_words": _words(planes.entries),
+        "up_bytes": packed_width(planes.entries, planes.scale_bits),
+        "SPLITS": len(states.values),
+        "UP_PLANES": directory.planes,
+        "UP_BITS": planes.scale_bits,
+    }
+
+
+@dataclass(frozen=True)
+class _Writes:
+    """What ``prepare_kernel`` needs to know of the product after it, and how wide the states for it are."""
+
+    width: int
+    arguments: dict[str, Any]
+
+
+def _writes(reader: Packed | None, entries: int) -> _Writes:
+    words = _words(entries)
+    blank: dict[str, Any] = dict.fromkeys(("scales", "places", "grids", "widths", "picked", "picked_scales"))
+    blank |= {"words": words, "code_bytes": 0, "salient": 0, "salient_words": 0, "READER": "plain", "PLANES": 1, "BITS": 8}
+    if isinstance(reader, Planes):
+        directory = _directory(reader)
+        return _Writes(16 * words, blank | {
+            "scales": reader.entry_codes, "places": directory.grids, "grids": reader.entry_grids, "widths": directory.widths,
+            "code_bytes": packed_width(entries, reader.scale_bits),
+            "READER": "planes", "PLANES": directory.planes, "BITS": reader.scale_bits,
+        })  # fmt: skip
+    if isinstance(reader, Signs):
+        salient_words = _words(reader.salient)
+        return _Writes(16 * (words + salient_words), blank | {
+            "scales": reader.column_scales, "picked": _picked(reader), "picked_scales": reader.salient_column_scales,
+            "salient": reader.salient, "salient_words": salient_words, "READER": "signs",
+        })  # fmt: skip
+    return _Writes(entries, blank)
 
 
 def _weighted_sum(outputs: Tensor, weights: Tensor, route: _Route, dtype: torch.dtype) -> Tensor:
@@ -413,21 +441,42 @@ def _remembered(key: Tensor | None, kind: str, make: Callable[[], Any]) -> Any:
     return known[1]
 
 
-def _planes_tables(planes: Planes) -> tuple[Tensor, Tensor, Tensor]:
-    """Where an expert's sign rows, direction codes and grids begin, int32 (experts,) each."""
+@dataclass(frozen=True)
+class _Directory:
+    """Where the planes of an expert are.
 
-    def make() -> tuple[Tensor, Tensor, Tensor]:
+    Attributes:
+        widths: int32 (experts, planes); a column of zeros where the format has no plane at all.
+        rows, codes, grids: first sign row, first code of a direction, and grid of each expert, int32 (experts,).
+    """
+
+    widths: Tensor
+    rows: Tensor
+    codes: Tensor
+    grids: Tensor
+
+    @property
+    def planes(self) -> int:
+        """At least one."""
+        return self.widths.shape[1]
+
+
+def _directory(planes: Planes) -> _Directory:
+    def make() -> _Directory:
         assert planes.widths is not None
-        rows, live = planes.widths.long().sum(1), planes.widths[:, 0].long()
-        matrices = (live > 0).long()
-        begins = [(counts.cumsum(0) - counts).int().contiguous() for counts in (rows, live, matrices)]
-        return begins[0], begins[1], begins[2]
+        widths = planes.widths.int()
+        widths = widths if planes.planes else torch.zeros_like(widths.new_empty(len(widths), 1))
+        rows, codes = widths.sum(1), widths[:, 0]
+        rows, codes, grids = ((counts.cumsum(0) - counts).int() for counts in (rows, codes, (codes > 0).int()))
+        return _Directory(widths.contiguous(), rows, codes, grids)
 
     return _remembered(planes.widths, "", make)
 
 
-def _picked(signs: Signs) -> Tensor:
-    """The salient columns of each matrix in order, int32 (experts, salient)."""
+def _picked(signs: Signs) -> Tensor | None:
+    """The salient columns of each matrix in order, int32 (experts, salient); None if there are none."""
+    if not signs.salient:
+        return None
 
     def make() -> Tensor:
         assert signs.salient_mask is not None
@@ -490,13 +539,12 @@ def _try(activation: Callable[[Tensor], Tensor], channels: int) -> tuple[str, bo
         got = activation(probe.clone())
     except Exception:  # whatever it wants, it is none of ours
         return None
-    half = channels // 2
+    if not torch.is_tensor(got):
+        return None
     for name, function in ACTIVATIONS.items():
-        if torch.is_tensor(got) and got.shape == probe.shape and torch.allclose(got, function(probe), 1e-4, 1e-4):
-            return name, False
-        if torch.is_tensor(got) and channels % 2 == 0 and got.shape == (64, half):
-            if torch.allclose(got, function(probe[:, :half]) * probe[:, half:], 1e-4, 1e-4):
-                return name, True
+        gate, up = probe.tensor_split(2, dim=1)
+        for gated in (False, True) if channels % 2 == 0 else (False,):
+            wanted = function(gate) * up if gated else function(probe)
+            if got.shape == wanted.shape and torch.allclose(got, wanted, rtol=1e-4, atol=1e-4):
+                return name, gated
     return None
-
-

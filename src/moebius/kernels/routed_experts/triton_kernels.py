@@ -6,13 +6,15 @@ offers the entry before it. Step ``i`` of sixteen therefore multiplies entries `
 what meets signs is stored in *word order*: position ``i · words + q`` holds entry ``16 q + 15 - i``. A tile of weights never
 exists in memory, not even in shared memory: its bits go from registers to the tensor cores.
 
-**Slots** are (token, choice) pairs, ``token · top_k + choice``. A program works for one expert and up to ``M`` of its slots, see
-:func:`_members`.
+**Slots** are (token, choice) pairs, ``token · top_k + choice``. A program works for one expert and up to ``M`` of its slots,
+see :func:`_members`.
 
 Arguments in lower case vary from call to call; those in capitals are compiled in.
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# Triton's language has no types, and its constants stand on the left of nothing.
+# mypy: ignore-errors
+# ruff: noqa: SIM300
 from __future__ import annotations
 
 import torch
@@ -115,7 +117,7 @@ def _next_signs(words, TYPE: tl.constexpr):
 
 @triton.jit
 def _code(codes, begin, bits, place, inside):
-    """Code number ``place`` of a stream of ``bits`` bits each that begins at byte ``begin``, int32. A code is 8 bits at most."""
+    """Code number ``place`` of a stream of codes of ``bits`` bits, 8 at most, that begins at byte ``begin``. int32"""
     position = place * bits
     at = codes + begin + (position >> 3)
     shift = position & 7
@@ -297,7 +299,7 @@ def along_planes_kernel(
     for p in tl.static_range(PLANES):
         planes += (direction < tl.load(widths + expert * PLANES + p).to(tl.int32)).to(tl.int32)
     total = tl.zeros((N, M), tl.float32)
-    for p in tl.static_range(PLANES):
+    for p in range(PLANES):  # not unrolled: the loop inside it is long
         width = tl.load(widths + expert * PLANES + p).to(tl.int32)
         if first < width:
             inside = direction < width
@@ -423,7 +425,7 @@ def prepare_kernel(
         scale = _scale(scales, grids, matrix * code_bytes, entry, matrix, real & live, inside, BITS)
     elif READER == "signs":
         scale = tl.load(scales + expert * entries + entry, mask=inside, other=0.0).to(tl.float32)
-        if salient_words > 0:
+        if picked is not None:
             second = position - width
             choice = 16 * (second % salient_words) + 15 - second // salient_words
             again = exists & (second >= 0) & (second < 16 * salient_words) & (choice < salient)
