@@ -521,7 +521,8 @@ def _recognized(activation: Callable[[Tensor], Tensor], channels: int) -> tuple[
 
 def _recognize(activation: Callable[[Tensor], Tensor], channels: int) -> tuple[str, bool] | None:
     """Which of :data:`ACTIVATIONS` a function is, and whether it gates: models write the same one in many ways."""
-    owner = getattr(activation, "__self__", activation)  # bound methods do not live long
+    bound = getattr(activation, "__self__", None)
+    owner = activation if bound is None else bound  # bound methods do not live long
     seen = _ACTIVATIONS_SEEN.setdefault(owner, {})
     key = (getattr(activation, "__name__", ""), channels)
     if key not in seen:

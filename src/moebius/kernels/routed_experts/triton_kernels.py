@@ -340,9 +340,7 @@ def along_signs_kernel(
     total = _along_rows(total, signs, row, inside, words, row_bytes, x, real, Q, WIDE, TYPE)
     if SALIENT:
         x += 16 * words
-        total = _along_rows(
-            total, salient_signs, row, inside, salient_words, salient_bytes, x, real, Q, SALIENT_WIDE, TYPE, PAIRS
-        )
+        total = _along_rows(total, salient_signs, row, inside, salient_words, salient_bytes, x, real, Q, SALIENT_WIDE, TYPE)
     total *= tl.load(row_scales + row, mask=inside, other=0.0).to(tl.float32)[:, None]
     tl.store(out + slot.to(tl.int64)[None, :] * rows + n[:, None], total, mask=inside[:, None] & real[None, :])
 
