@@ -62,7 +62,7 @@ SHAPES = {
     "qwen1.5-moe": Shape(60, 4, 2048, 1408),
     "qwen3-30b-a3b": Shape(128, 8, 2048, 768),
 }
-TINY = Shape(6, 2, 48, 32)
+TINY = Shape(4, 2, 32, 16)
 
 
 def main() -> None:
