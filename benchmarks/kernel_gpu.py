@@ -213,7 +213,6 @@ def microseconds(run: Callable[[], None], args: argparse.Namespace) -> float:
 def peak(run: Callable[[], object], device: str) -> int:
     """Bytes that a call allocates at its peak; 0 without a GPU."""
     if device == "cpu":
-        run()
         return 0
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
