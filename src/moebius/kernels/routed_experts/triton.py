@@ -43,6 +43,9 @@ _SCANNED = 256
 _BUSY = 512
 #: Most parts that a sum is split into to have so many.
 _MOST_SPLITS = 16
+#: By slots of a block: rows of signs at a time, and steps of sixteen, where rows are summed. Sums take half as many registers
+#: of each thread as slots times steps.
+_DOWN_ROWS = {16: (64, 16), 32: (64, 8), 64: (32, 4)}
 #: Rows of signs along inputs that a program works for.
 _ROWS = 64
 
@@ -284,9 +287,9 @@ def _down(down: PackedProjection, states: _States, act: tuple[str, bool], bias: 
 def _down_rows(factor: Planes, coordinates: Tensor, route: _Route) -> _States:
     assert factor.signs is not None and factor.widths is not None
     words, directory = _words(factor.entries), _directory(factor)
-    # Sums take registers: 16 · M · Q of them. Fewer words than 8 for each of four warps would make warps repeat each other.
-    tile = {"Q": 32, "K": 64} if route.block == 16 else {"Q": 16, "K": 32}
-    tiles = triton.cdiv(words, tile["Q"])
+    # Sixteen words to a warp: fewer would make warps repeat each other.
+    Q, (K, steps) = 64 if words % 64 == 0 else 32, _DOWN_ROWS[route.block]
+    tiles = triton.cdiv(words, Q) * (16 // steps)
     splits = 2 ** int(math.log2(min(_MOST_SPLITS, max(1, _BUSY // (route.blocks * tiles)))))
     out = coordinates.new_empty(splits, route.slots, 16 * words, dtype=torch.float32)
     signs, wide = _wide(factor.signs)
@@ -295,7 +298,8 @@ def _down_rows(factor: Planes, coordinates: Tensor, route: _Route) -> _States:
         signs, directory.widths, directory.rows, directory.codes, directory.grids,
         factor.direction_codes, factor.direction_grids, _amplitudes(out.device),
         route.slots, route.experts, route.top_k, coordinates.shape[1], words, factor.signs.shape[1],
-        SPLITS=splits, PLANES=directory.planes, BITS=factor.scale_bits, WIDE=wide, **tile, **route.settings(), num_warps=4,
+        Q=Q, K=K, STEPS=steps, SPLITS=splits,
+        PLANES=directory.planes, BITS=factor.scale_bits, WIDE=wide, **route.settings(), num_warps=Q // 16,
     )  # fmt: skip
     return _States(out, factor.entries, factor)
 

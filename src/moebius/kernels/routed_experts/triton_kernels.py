@@ -80,16 +80,16 @@ def _members(index, order, block_expert, block_begin, block_end, slots, experts,
 
 
 @triton.jit
-def _load_words(signs, rows, row_inside, q, words, row_bytes, WIDE: tl.constexpr):
-    """Words (rows, q) of sign rows, uint16. Rows of an odd number of bytes (not ``WIDE``) are read byte by byte."""
-    inside = row_inside[:, None] & (q < words)[None, :]
+def _load_words(signs, rows, q, inside, words, row_bytes, WIDE: tl.constexpr):
+    """Words ``q`` of sign rows, uint16 in the common shape of both. Rows of an odd number of bytes (not ``WIDE``) are read byte
+    by byte."""
     if WIDE:
-        found = tl.load(signs + rows[:, None] * words + q[None, :], mask=inside, other=0)
+        found = tl.load(signs + rows * words + q, mask=inside, other=0)
         found = found.to(tl.uint16, bitcast=True)
     else:
-        at = signs + rows[:, None] * row_bytes + 2 * q[None, :]
+        at = signs + rows * row_bytes + 2 * q
         low = tl.load(at, mask=inside, other=0).to(tl.int32)
-        high = tl.load(at + 1, mask=inside & (2 * q + 1 < row_bytes)[None, :], other=0).to(tl.int32)
+        high = tl.load(at + 1, mask=inside & (2 * q + 1 < row_bytes), other=0).to(tl.int32)
         found = (low | (high << 8)).to(tl.uint16)
     return found
 
@@ -199,12 +199,13 @@ def down_rows_kernel(
     states, out, index, order, block_expert, block_begin, block_end,
     signs, widths, row_begins, live_begins, live_places, codes, grids, amplitudes,
     slots, experts, top_k, length, words, row_bytes,
-    M: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr, SCAN: tl.constexpr,
+    M: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, STEPS: tl.constexpr, SPLITS: tl.constexpr, SCAN: tl.constexpr,
     PLANES: tl.constexpr, BITS: tl.constexpr, WIDE: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     """Planes whose stored rows are inputs (``side="input"``): sums down the rows, without the scales of the outputs.
 
-    The rows of an expert follow each other plane after plane, so they are one loop, whatever its widths are.
+    The rows of an expert follow each other plane after plane, so they are one loop, whatever its widths are. Each step has sums
+    of its own, so a program takes only so many ``STEPS`` as there are registers.
 
     Args:
         states: float32 (tokens, length), one coordinate for each direction.
@@ -216,7 +217,9 @@ def down_rows_kernel(
     expert, slot, real = _members(index, order, block_expert, block_begin, block_end, slots, experts, M, SCAN)
     if expert >= experts:
         return
-    q = tl.program_id(1) * Q + tl.arange(0, Q)
+    groups = 16 // STEPS
+    first_step = tl.program_id(1) % groups * STEPS
+    q = tl.program_id(1) // groups * Q + tl.arange(0, Q)
     split = tl.program_id(2)
     token = (slot // top_k).to(tl.int64)
     rows = 0
@@ -227,8 +230,8 @@ def down_rows_kernel(
     per_split = tl.cdiv(tl.cdiv(rows, SPLITS), K) * K
     stop = tl.minimum(rows, (split + 1) * per_split)
     totals = ()
-    for _i in tl.static_range(16):
-        totals = totals + (tl.zeros((M, Q), tl.float32),)  # noqa: RUF005 (the compiler knows sums of tuples only)
+    for _i in tl.static_range(STEPS):
+        totals = totals + (tl.zeros((Q, M), tl.float32),)  # noqa: RUF005 (the compiler knows sums of tuples only)
     for begin in range(split * per_split, stop, K):
         row = begin + tl.arange(0, K)
         inside = row < stop
@@ -243,17 +246,21 @@ def down_rows_kernel(
             planes += (direction < tl.load(widths + expert * PLANES + p).to(tl.int32)).to(tl.int32)
         factor = _scale(codes, grids, 0, first_live + direction, matrix, rows > 0, inside, BITS)
         factor *= tl.load(amplitudes + planes * 4 + plane, mask=inside, other=0.0)
+        # Both in one layout, so that what is computed for a row is computed once: loaded the other way around, x costs twice.
         x = tl.load(states + token[:, None] * length + direction[None, :], mask=real[:, None] & inside[None, :], other=0.0)
-        x = _to(x * factor[None, :], TYPE)
-        rest = _load_words(signs, first_row + row, inside, q, words, row_bytes, WIDE)
+        x = tl.trans(_to(x * factor[None, :], TYPE))
+        there = inside[None, :] & (q < words)[:, None]
+        rest = _load_words(signs, (first_row + row)[None, :], q[:, None], there, words, row_bytes, WIDE)
+        if STEPS < 16:
+            rest = rest << first_step.to(tl.uint16)
         sums = ()
-        for i in tl.static_range(16):
+        for i in tl.static_range(STEPS):
             ones, rest = _next_signs(rest, TYPE)
-            sums = sums + (_dot(x, ones, totals[i]),)  # noqa: RUF005
+            sums = sums + (_dot(ones, x, totals[i]),)  # noqa: RUF005
         totals = sums
-    at = out + (split * slots + slot).to(tl.int64)[:, None] * (16 * words) + q[None, :]
-    for i in tl.static_range(16):
-        tl.store(at + i * words, totals[i], mask=real[:, None] & (q < words)[None, :])
+    at = out + (split * slots + slot).to(tl.int64)[None, :] * (16 * words) + first_step * words + q[:, None]
+    for i in tl.static_range(STEPS):
+        tl.store(at + i * words, totals[i], mask=real[None, :] & (q < words)[:, None])
 
 
 @triton.jit
@@ -264,7 +271,8 @@ def _along_rows(
     """Add the products of sign rows with states in word order: (rows, M). ``states`` points to the first position of each."""
     for q0 in range(0, words, Q):
         q = q0 + tl.arange(0, Q)
-        rest = _load_words(signs, rows, row_inside, q, words, row_bytes, WIDE)
+        there = row_inside[:, None] & (q < words)[None, :]
+        rest = _load_words(signs, rows[:, None], q[None, :], there, words, row_bytes, WIDE)
         inside = (q < words)[:, None] & real[None, :]
         for i in tl.static_range(16):
             x = tl.load(states[None, :] + (i * words + q)[:, None], mask=inside, other=0.0)
