@@ -181,7 +181,7 @@ def _route(top_k_index: Tensor, experts: int, dtype: torch.dtype) -> _Route:
     if slots <= _SCANNED:
         scan = max(16, triton.next_power_of_2(slots))
         return _Route(index, tokens, top_k, experts, 16, scan, slots, index, index, index, index, kind)
-    block = min(64, max(16, triton.next_power_of_2(slots // experts)))
+    block = _block(slots, experts)
     blocks = slots // block + min(slots, experts)  # as many as there can be
     # Padding sorts behind all experts.
     ranked, order = torch.where((index >= 0) & (index < experts), index, experts).sort(stable=True)
@@ -193,6 +193,11 @@ def _route(top_k_index: Tensor, experts: int, dtype: torch.dtype) -> _Route:
     mine = expert.clamp(max=experts - 1)
     begin = starts[mine] + (number - ends[mine] + shares[mine]) * block
     return _Route(index, tokens, top_k, experts, block, 0, blocks, order, expert, begin, starts[mine + 1], kind)
+
+
+def _block(slots: int, experts: int) -> int:
+    """Slots of a block: about as many as an expert has."""
+    return min(64, max(16, triton.next_power_of_2(slots // experts)))
 
 
 # Shared factors
