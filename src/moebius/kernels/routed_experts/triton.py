@@ -1,8 +1,9 @@
 """The expert MLP in Triton: the launches, and the small tables that they need.
 
-A layer of ``moebius`` takes six launches: shared factor, gate_up, activation, down, weighted sum, shared factor; and up to two
-more where few tokens make it worth splitting the sums of a shared factor. Nothing depends on values that the host would have to
-see, so that a CUDA graph can hold all of it, once a call outside of it has compiled the kernels and made the tables.
+A layer of ``moebius`` takes six launches: shared factor, gate_up, activation, down, weighted sum, shared factor; two more where
+tokens are so few that the sums of a shared factor are split, and some to sort the slots where they are many. Nothing depends on
+values that the host would have to see, so that a CUDA graph can hold all of it, once a call outside of it has compiled the
+kernels and made the tables.
 """
 
 from __future__ import annotations
@@ -230,7 +231,14 @@ def _through(factor: Packed | None, states: Tensor, route: _Route, dtype: torch.
         count, factor.columns, factor.rows, per_split,
         M=M, N=N, K=K, ALONG=along, BYTES=rows.only_bytes, TYPE=_triton_type(route.type), num_warps=4,
     )  # fmt: skip
-    return out[0] if splits == 1 else out.sum(0).to(dtype)
+    return out[0] if splits == 1 else _sum_of_splits(out, dtype)
+
+
+def _sum_of_splits(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """Float32 (splits, n, out) summed and rounded in one launch: (n, out)."""
+    out = parts.new_empty(parts.shape[1:], dtype=dtype)
+    kernels.sum_kernel[(triton.cdiv(out.numel(), 512),)](parts, out, len(parts), out.numel(), BLOCK=512, num_warps=4)
+    return out
 
 
 def _rows(factor: Packed) -> _Rows:

@@ -477,3 +477,15 @@ def weighted_sum_kernel(outputs, out, index, weights, experts, top_k, width, BLO
         part = tl.load(outputs + slot.to(tl.int64) * width + column, mask=inside, other=0.0)
         total += part * tl.load(weights + slot).to(tl.float32)
     tl.store(out + token.to(tl.int64) * width + column, _to(total, out.dtype.element_ty), mask=column < width)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def sum_kernel(parts, out, splits, size, BLOCK: tl.constexpr):
+    """Sum of float32 (splits, size), in order."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    at = parts + place
+    for _split in range(splits):
+        total += tl.load(at, mask=place < size, other=0.0)
+        at += size
+    tl.store(out + place, _to(total, out.dtype.element_ty), mask=place < size)
