@@ -344,14 +344,15 @@ def test_activations_and_biases(generator: Generator, name: str, gated: bool) ->
     check(tokens_for(generator, (gate_up, down), 2, index=index, activation=activation, **biases))
 
 
-def test_weights_that_were_loaded_in_place(generator: Generator, case: Case) -> None:
+def test_weights_that_were_loaded_in_place(case: Any) -> None:
     """Tables of a layer follow what is stored, not the tensor it is stored in."""
     check(case)
-    other, _ = moebius_layer(generator, 24, 18, 20, torch.tensor([[11, 20]]).repeat(EXPERTS, 1).flip(1))
-    fresh = other.factor.replace(widths=torch.tensor([[20, 20], [20, 2], [11, 11], [11, 11], [20, 11]], dtype=torch.int16))
-    for stored, new in zip(case.gate_up.factor.tensors().values(), fresh.tensors().values(), strict=True):
-        stored.copy_(new)
+    case.gate_up.factor.widths.copy_(torch.tensor([[20, 20], [20, 2], [11, 11], [11, 11], [20, 11]]))  # as many signs in all
     check(case)
+    case.down.left.scale_codes.copy_(case.down.left.scale_codes.flip(1))
+    check(case)
+    other = case.down.left.codes ^ 1  # in a tensor of its own, beside the old scales
+    check(replace(case, down=replace(case.down, left=case.down.left.replace(codes=other))))
 
 
 # The tolerance rejects
@@ -444,8 +445,8 @@ def test_compiles_for_a_gpu(tmp_path: Path) -> None:
     names = {name.split()[0] for name in kernels}
     assert names == {name for name in vars(triton_kernels) if name.endswith("_kernel")}
     for name, ptx in kernels.items():
-        assert ("mma" in ptx) == name.startswith(("shared", "down_rows", "along"))
-        assert ("lop3" in ptx) == name.startswith(("down_rows", "along"))
+        assert ("mma" in ptx) == name.startswith(("shared", "over_rows", "along"))
+        assert ("lop3" in ptx) == name.startswith(("over_rows", "along"))
 
 
 def test_benchmark_smoke_run(tmp_path: Path) -> None:

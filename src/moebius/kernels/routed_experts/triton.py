@@ -46,7 +46,7 @@ _BUSY = 512
 _MOST_SPLITS = 16
 #: By slots of a block: rows of signs at a time, and steps of sixteen, where rows are summed. Sums take half as many registers
 #: of each thread as slots times steps.
-_DOWN_ROWS = {16: (64, 16), 32: (64, 8), 64: (32, 4)}
+_OVER_ROWS = {16: (64, 16), 32: (64, 8), 64: (32, 4)}
 #: Rows of signs along inputs that a program works for.
 _ROWS = 64
 
@@ -208,7 +208,6 @@ def _block(slots: int, experts: int) -> int:
 class _Rows:
     """Stored rows of integers: where each begins in the bytes, its bits and its scale."""
 
-    codes: Tensor
     begins: Tensor
     bits: Tensor
     scales: Tensor
@@ -219,7 +218,8 @@ def _through(factor: Packed | None, states: Tensor, route: _Route, dtype: torch.
     """States (n, in) through a shared factor, (n, out)."""
     if factor is None:
         return states
-    rows, along = _rows(factor), not (isinstance(factor, Graded) and factor.side == "output")
+    assert isinstance(factor, (Graded, Integers)) and factor.codes is not None
+    rows, along = _rows(factor), isinstance(factor, Integers) or factor.side == "input"
     count, few = len(states), len(states) <= 16
     M, N, K = (16, 16 if along else 32, 256 if along else 128) if few else (64, 64, 64)
     programs = triton.cdiv(count, M) * triton.cdiv(factor.rows, N)
@@ -227,7 +227,7 @@ def _through(factor: Packed | None, states: Tensor, route: _Route, dtype: torch.
     per_split = triton.cdiv(triton.cdiv(factor.columns, splits), K) * K
     out = states.new_empty(splits, count, factor.rows, dtype=dtype if splits == 1 else torch.float32)
     kernels.shared_kernel[(triton.cdiv(count, M), triton.cdiv(factor.rows, N), splits)](
-        states, rows.codes, rows.begins, rows.bits, rows.scales, out,
+        states, factor.codes, rows.begins, rows.bits, rows.scales, out,
         count, factor.columns, factor.rows, per_split,
         M=M, N=N, K=K, ALONG=along, BYTES=rows.only_bytes, TYPE=_triton_type(route.type), num_warps=4,
     )  # fmt: skip
@@ -241,11 +241,10 @@ def _sum_of_splits(parts: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _rows(factor: Packed) -> _Rows:
+def _rows(factor: Graded | Integers) -> _Rows:
     if isinstance(factor, Graded):
-        return _remembered(factor.scale_codes, factor.grades, lambda: _graded_rows(factor))
-    assert isinstance(factor, Integers)
-    return _remembered(factor.scales, "", lambda: _integer_rows(factor))
+        return _remembered(factor.scale_codes, lambda: _graded_rows(factor), factor.scale_grid, factor.grades)
+    return _remembered(factor.scales, lambda: _integer_rows(factor))
 
 
 def _graded_rows(factor: Graded) -> _Rows:
@@ -255,14 +254,14 @@ def _graded_rows(factor: Graded) -> _Rows:
     widths = (factor.entries * bits + 7) // 8
     table = torch.stack([widths.cumsum(0) - widths, bits]).int().to(factor.codes.device)
     scales = decode(factor.scale_codes, factor.scale_grid)[0]
-    return _Rows(factor.codes[0], table[0], table[1], scales, all(grade == 8 for grade, _ in runs))
+    return _Rows(table[0], table[1], scales, all(grade == 8 for grade, _ in runs))
 
 
 def _integer_rows(factor: Integers) -> _Rows:
     assert factor.codes is not None and factor.scales is not None
     begins = torch.arange(factor.rows, dtype=torch.int32, device=factor.codes.device) * factor.codes.shape[2]
     bits = torch.full_like(begins, factor.bits)
-    return _Rows(factor.codes[0], begins, bits, factor.scales[0, :, 0].float(), factor.bits == 8)
+    return _Rows(begins, bits, factor.scales[0, :, 0].float(), factor.bits == 8)
 
 
 # Expert factors
@@ -283,7 +282,7 @@ class _States:
 def _gate_up(factor: Packed, coordinates: Tensor, route: _Route) -> _States:
     """The factor applied to the coordinates (tokens, in) of the token of each slot."""
     if isinstance(factor, Planes):
-        return _down_rows(factor, coordinates, route)
+        return _over_rows(factor, coordinates, route)
     assert isinstance(factor, Signs)
     prepared = _prepare(factor, _States(coordinates, factor.columns), route, per_token=True)
     return _States(_along(factor, prepared, route), factor.rows)
@@ -297,16 +296,16 @@ def _down(down: PackedProjection, states: _States, act: tuple[str, bool], bias: 
     return _along(down.factor, _prepare(down.factor, inner, route), route)
 
 
-def _down_rows(factor: Planes, coordinates: Tensor, route: _Route) -> _States:
+def _over_rows(factor: Planes, coordinates: Tensor, route: _Route) -> _States:
     assert factor.signs is not None and factor.widths is not None
     words, directory = _words(factor.entries), _directory(factor)
     # Sixteen words to a warp: fewer would make warps repeat each other.
-    Q, (K, steps) = 64 if words % 64 == 0 else 32, _DOWN_ROWS[route.block]
+    Q, (K, steps) = 64 if words % 64 == 0 else 32, _OVER_ROWS[route.block]
     tiles = triton.cdiv(words, Q) * (16 // steps)
     splits = 2 ** int(math.log2(min(_MOST_SPLITS, max(1, _BUSY // (route.blocks * tiles)))))
     out = coordinates.new_empty(splits, route.slots, 16 * words, dtype=torch.float32)
     signs, wide = _wide(factor.signs)
-    kernels.down_rows_kernel[(route.blocks, tiles, splits)](
+    kernels.over_rows_kernel[(route.blocks, tiles, splits)](
         coordinates, out, *route.members(),
         signs, directory.widths, directory.rows, directory.codes, directory.grids,
         factor.direction_codes, factor.direction_grids, _amplitudes(out.device),
@@ -448,14 +447,19 @@ def _weighted_bias(bias: Tensor, weights: Tensor, route: _Route) -> Tensor:
 _TABLES = WeakIdKeyDictionary()
 
 
-def _remembered(key: Tensor | None, kind: str, make: Callable[[], Any]) -> Any:
-    """What ``make`` makes of a stored tensor, once: until the tensor is gone or was written to."""
-    assert key is not None
-    version = 0 if key.is_inference() else key._version
+def _remembered(key: Tensor | None, make: Callable[[], Any], other: Tensor | None = None, kind: str = "") -> Any:
+    """What ``make`` makes of a stored tensor (and another one), once: until the tensor is gone or either was written to."""
+    stamp = _version(key), _version(other), kind
     known = _TABLES.get(key)
-    if known is None or known[0] != (version, kind):
-        known = _TABLES[key] = ((version, kind), make())
+    if known is None or known[0] != stamp:
+        known = _TABLES[key] = (stamp, make())
     return known[1]
+
+
+def _version(tensor: Tensor | None) -> tuple[int, int]:
+    if tensor is None:
+        return 0, 0
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 @dataclass(frozen=True)
@@ -487,7 +491,7 @@ def _directory(planes: Planes) -> _Directory:
         rows, codes, grids = ((counts.cumsum(0) - counts).int() for counts in (rows, codes, (codes > 0).int()))
         return _Directory(widths.contiguous(), rows, codes, grids)
 
-    return _remembered(planes.widths, "", make)
+    return _remembered(planes.widths, make)
 
 
 def _picked(signs: Signs) -> Tensor | None:
@@ -500,7 +504,7 @@ def _picked(signs: Signs) -> Tensor | None:
         mask = unpack(signs.salient_mask, 1, signs.columns)
         return mask.argsort(dim=1, descending=True, stable=True)[:, : signs.salient].int().contiguous()
 
-    return _remembered(signs.salient_mask, "", make)
+    return _remembered(signs.salient_mask, make)
 
 
 @cache

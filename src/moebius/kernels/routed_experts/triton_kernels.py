@@ -195,7 +195,7 @@ def shared_kernel(
 
 
 @triton.jit(do_not_specialize=["slots"])
-def down_rows_kernel(
+def over_rows_kernel(
     states, out, index, order, block_expert, block_begin, block_end,
     signs, widths, row_begins, live_begins, live_places, codes, grids, amplitudes,
     slots, experts, top_k, length, words, row_bytes,
@@ -294,7 +294,7 @@ def along_planes_kernel(
     Args:
         states: TYPE (slots, 16 · words), in word order, scales of the entries included.
         out: float32 (slots, directions).
-        The rest: as in :func:`down_rows_kernel`.
+        The rest: as in :func:`over_rows_kernel`.
     """
     expert, slot, real = _members(index, order, block_expert, block_begin, block_end, slots, experts, M, SCAN)
     if expert >= experts:
@@ -358,7 +358,7 @@ def _state(
     states, bias, codes, grids, matrix, live, slot, slots, row, channel, expert, channels, words, code_bytes, inside,
     SPLITS: tl.constexpr, BITS: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
-    """A channel of the states of a slot, float32: as :func:`down_rows_kernel` leaves it (``SPLITS``), or as it is (0)."""
+    """A channel of the states of a slot, float32: as :func:`over_rows_kernel` leaves it (``SPLITS``), or as it is (0)."""
     if SPLITS:
         position = (15 - channel % 16) * words + channel // 16
         value = tl.zeros_like(channel).to(tl.float32)
