@@ -72,7 +72,7 @@ PRESETS = {
     "methods": [
         (text, text)
         for text in (
-            *("rtn@1 gain=true", "gptq@1 gain=true", "mobie gain=true", "bitsmoe@1 gain=true"),
+            *("rtn@1 gain=true", "gptq@1 gain=true", "mobie gain=true"),
             *("rtn@2 gain=true", "gptq@2", "gptvq@2", "kbvq@2", "bitsmoe@2", "arb gain=true", "billm gain=true"),
             *("gptq@3", "bitsmoe@3", "kbvq@3"),
             *(f"moebius@{bits}" for bits in (0.5, 0.75, 1, 1.5, 2, 3)),
