@@ -29,7 +29,7 @@ clean:
 	rm -rf $(VENV) build demo
 
 # torch first and by its pin: pip then takes the build at hand instead of resolving a newer one for another package.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/moebius/kernels/*/csrc/*)
 	@echo "setting up $(VENV) (once, a minute or two)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt torch
