@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
 from moebius.formats import Packed, PackedProjection
-from moebius.kernels.routed_experts import routed_experts
+from moebius.kernels.routed_experts import Experts, prepare
 from moebius.runtime.packed_module import PackedMixin, PackedTensors, packed_of, swap
 from moebius.types import ExpertsLayout
 
@@ -31,19 +34,46 @@ class PackedExpertsMixin(PackedMixin):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As transformers' experts: (tokens, hidden), (tokens, top_k), (tokens, top_k) to (tokens, hidden)."""
-        gate_up, down = packed_projections(self)
         module: Any = self
         layout = packed_layout(self)
-        return routed_experts(
+        activation = module._apply_gate if layout.has_gate else module.act_fn
+        ready = _ready(self, activation)
+        return ready.experts(
             hidden_states,
             top_k_index,
             top_k_weights,
-            gate_up,
-            down,
-            module._apply_gate if layout.has_gate else module.act_fn,
-            _bias(gate_up, getattr(module, f"{layout.gate_up_name}_bias") if layout.has_bias else None),
-            _bias(down, getattr(module, f"{layout.down_name}_bias") if layout.has_bias else None),
+            activation,
+            _bias(ready.gate_up, getattr(module, f"{layout.gate_up_name}_bias") if layout.has_bias else None),
+            _bias(ready.down, getattr(module, f"{layout.down_name}_bias") if layout.has_bias else None),
         )
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """What a kernel made of the buffers, and which buffers those were."""
+
+    buffers: tuple[tuple[int, int], ...]
+    gate_up: PackedProjection
+    down: PackedProjection
+    experts: Experts
+
+
+#: By module, and outside of it: it is neither saved, nor copied, nor moved.
+_READY: WeakKeyDictionary[nn.Module, _Ready] = WeakKeyDictionary()
+
+
+def _ready(module: PackedExpertsMixin, activation: Callable[[Tensor], Tensor]) -> _Ready:
+    """The layer in the hands of a kernel, anew if a buffer was replaced or written to."""
+    buffers = tuple(_identity(tensor) for part in _projection_tensors(module) for tensor in part.buffers())
+    ready = _READY.get(module)
+    if ready is None or ready.buffers != buffers:
+        gate_up, down = packed_projections(module)
+        ready = _READY[module] = _Ready(buffers, gate_up, down, prepare(gate_up, down, activation))
+    return ready
+
+
+def _identity(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 def _bias(projection: PackedProjection, own: Tensor | None) -> Tensor | None:
@@ -78,10 +108,15 @@ def packed_layout(module: nn.Module) -> ExpertsLayout:
 
 def packed_projections(module: nn.Module) -> tuple[PackedProjection, PackedProjection]:
     """``gate_up`` and ``down`` of a packed experts module."""
+    gate_up, down = _projection_tensors(module)
+    return gate_up.packed(), down.packed()
+
+
+def _projection_tensors(module: nn.Module) -> tuple[ProjectionTensors, ProjectionTensors]:
     layout = packed_layout(module)
     gate_up, down = module.get_submodule(layout.gate_up_name), module.get_submodule(layout.down_name)
     assert isinstance(gate_up, ProjectionTensors) and isinstance(down, ProjectionTensors)
-    return gate_up.packed(), down.packed()
+    return gate_up, down
 
 
 def unpack_experts(module: PackedExpertsMixin, gate_up: Tensor, down: Tensor) -> None:
