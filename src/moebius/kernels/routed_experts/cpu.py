@@ -116,7 +116,7 @@ class CpuExperts:
         if gate_up_bias is not None:
             states = states + gate_up_bias[slots.clamp(0, self.first.batch - 1)].float()
         states = self._shared("down.right", activation(states))
-        states = self.second(states, slots, 1).view(tokens, top_k, -1)
+        states = self.second(states, slots, 1).view(tokens, top_k, self.second.rows)
         result = self._shared("down.left", torch.bmm(top_k_weights.float().unsqueeze(1), states).squeeze(1))
         if down_bias is not None:
             result = result + reference.routed_bias(top_k_index, top_k_weights, down_bias)
