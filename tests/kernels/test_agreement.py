@@ -24,6 +24,7 @@ from moebius.kernels.routed_experts import cpu, dispatch, reference, routed_expe
 
 SIZES = (1, 31, 63, 65, 1000)
 EXPERTS = 5
+Layer = tuple[PackedProjection, PackedProjection]
 #: Relative to the norm of all elements, and to the root mean square of an element.
 CLOSE, CLOSE_ELEMENT = 0.004, 0.02
 
@@ -113,18 +114,24 @@ def integers(generator: Generator, rows: int, columns: int) -> Integers:
     return Integers.pack(codes, scales, None, bits=8, group_size=columns)
 
 
-def moebius_layer(generator: Generator, hidden: int, inner: int, kept: int, most: int) -> tuple[PackedProjection, PackedProjection]:
+def moebius_layer(
+    generator: Generator, hidden: int, inner: int, kept: int, most: int
+) -> tuple[PackedProjection, PackedProjection]:
     return (
         PackedProjection(planes(generator, "input", kept, 2 * inner, most), right=graded(generator, "input", kept, hidden)),
         PackedProjection(planes(generator, "output", kept, inner, most), left=graded(generator, "output", kept, hidden)),
     )
 
 
-def mobie_layer(generator: Generator, hidden: int, inner: int, side: str, salient: int) -> tuple[PackedProjection, PackedProjection]:
+def mobie_layer(
+    generator: Generator, hidden: int, inner: int, side: str, salient: int
+) -> tuple[PackedProjection, PackedProjection]:
     def one(rows: int, columns: int, shared: str) -> PackedProjection:
         rank = min(rows, columns)
         if shared == "left":
-            return PackedProjection(signs(generator, rank, columns, min(salient, columns)), left=integers(generator, rows, rank))
+            return PackedProjection(
+                signs(generator, rank, columns, min(salient, columns)), left=integers(generator, rows, rank)
+            )
         return PackedProjection(signs(generator, rows, rank, min(salient, rank)), right=integers(generator, rank, columns))
 
     return one(2 * inner, hidden, "right" if side == "hidden" else "left"), one(hidden, inner, "left")
@@ -143,9 +150,7 @@ ROUTINGS: dict[str, Callable[[Generator, int], Tensor]] = {
 }
 
 
-def inputs(
-    generator: Generator, layer: tuple[PackedProjection, PackedProjection], tokens: int, routing: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(generator: Generator, layer: Layer, tokens: int, routing: str) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states that excite the channels about as much as those of a model do: far out, a gate magnifies any error."""
     weight = layer[0].unpack()
     index = ROUTINGS[routing](generator, tokens)
@@ -171,7 +176,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     cpu.use_level(before)
 
 
-def agree(layer: tuple[PackedProjection, PackedProjection], given: tuple[Tensor, Tensor, Tensor]) -> None:
+def agree(layer: Layer, given: tuple[Tensor, Tensor, Tensor]) -> None:
     wanted = reference.routed_experts(given[0], given[1].long(), given[2], *layer, gated)
     got = routed_experts(*given, *layer, gated)
     assert disagreement(got, wanted) is None

@@ -54,7 +54,9 @@ def use_level(name: str) -> None:
     """
     global _level
     if name not in levels():
-        raise KernelError(f"instruction level: got {name!r}, wanted one of {', '.join(levels()) or 'none: nothing was compiled'}")
+        raise KernelError(
+            f"instruction level: got {name!r}, wanted one of {', '.join(levels()) or 'none: nothing was compiled'}"
+        )
     _level = _cpu.level(name)
 
 
@@ -147,7 +149,10 @@ class _Shared:
 
     def __init__(self, packed: Packed) -> None:
         self.packed = packed
-        self.factor, self.held = _codes(packed) or (None, ())
+        self.factor: Any = None
+        self.held: tuple[Tensor, ...] = ()
+        if codes := _codes(packed):
+            self.factor, self.held = codes
 
     def __call__(self, states: Tensor) -> Tensor:
         """(n, columns) to (n, rows)."""
@@ -174,8 +179,8 @@ def _check_widths(packed: Planes, widths: Tensor) -> None:
     falling = torch.cat([widths.new_full((packed.batch, 1), packed.directions), widths, widths.new_zeros(packed.batch, 1)], 1)
     if bool((falling.diff(dim=1) > 0).any()) or int(widths.sum()) != packed.sign_rows or packed.planes > MOST_PLANES:
         raise CheckpointError(
-            f"planes: got widths that add up to {int(widths.sum())} rows, wanted {packed.sign_rows}, at most {packed.directions} "
-            f"directions and {MOST_PLANES} planes and none wider than the one before; the file is damaged, fetch it again"
+            f"planes: got widths that add up to {int(widths.sum())} rows, wanted {packed.sign_rows}, none wider than the one "
+            f"before, {packed.directions} directions and {MOST_PLANES} planes at most; the file is damaged, fetch it again"
         )
 
 

@@ -53,7 +53,7 @@ def prepare(gate_up: PackedProjection, down: PackedProjection, activation: Calla
     forced = os.environ.get(VARIABLE, "")
     if forced and forced not in BACKENDS:
         raise KernelError(f"{VARIABLE}: got {forced!r}, wanted one of {', '.join(BACKENDS)}, or nothing for the fastest")
-    refusals = []
+    refusals: list[str] = []
     for name in (forced,) if forced else BACKENDS:
         reason = _refusal(name, gate_up, down, activation)
         if reason is None:
@@ -73,7 +73,7 @@ def routed_experts(
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
 ) -> Tensor:
-    """:func:`moebius.kernels.routed_experts.reference.routed_experts` by the backend that suits the layer, for a single call."""
+    """What :func:`moebius.kernels.routed_experts.reference.routed_experts` defines, by the backend that suits the layer."""
     experts = prepare(gate_up, down, activation)
     return experts(hidden, top_k_index, top_k_weights, activation, gate_up_bias, down_bias)
 
