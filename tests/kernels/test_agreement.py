@@ -6,6 +6,7 @@ Frobenius norm) and in each of them; that these bounds reject real mistakes is a
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from itertools import product
 
@@ -25,7 +26,7 @@ from moebius.kernels.routed_experts import cpu, dispatch, reference, routed_expe
 SIZES = (1, 31, 63, 65, 1000)
 EXPERTS = 5
 Layer = tuple[PackedProjection, PackedProjection]
-#: Relative to the norm of all elements, and to the root mean square of an element.
+#: Relative to the norm of all elements; in each element, to the root mean square of its token.
 CLOSE, CLOSE_ELEMENT = 0.004, 0.02
 
 needs_build = pytest.mark.skipif(not cpu.levels(), reason="the compiled kernels are not there")
@@ -41,9 +42,11 @@ def disagreement(got: Tensor, wanted: Tensor) -> str | None:
     difference, size = (got - wanted), wanted.norm()
     if difference.norm() > CLOSE * size:
         return f"relative norm of the difference {float(difference.norm() / size):.5f}"
-    worst = difference.abs().max() if wanted.numel() else torch.zeros(())
-    if worst > CLOSE_ELEMENT * size / max(1, wanted.numel()) ** 0.5:
-        return f"an element is off by {float(worst)}"
+    # A token with small outputs may err by a share of what the others have: a gate far out magnifies its errors.
+    spread = wanted.square().mean(-1, keepdim=True).sqrt() + 0.1 * wanted.square().mean().sqrt()
+    off = difference.abs() > CLOSE_ELEMENT * spread
+    if off.any():
+        return f"{int(off.sum())} elements are off by up to {float(difference.abs()[off].max())}"
     return None
 
 
@@ -170,6 +173,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     torch.set_num_threads(2)
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *shape, **kind: empty(*shape, **kind).fill_(torch.nan))
+    monkeypatch.setattr(cpu, "_scratch", threading.local())
     monkeypatch.setenv("MOEBIUS_KERNEL", "cpu")
     yield request.param
     torch.set_num_threads(threads)
@@ -205,6 +209,16 @@ def test_routing(routing: str, tokens: int, kind: str, backend: str) -> None:
     generator = Generator().manual_seed(tokens)
     layer = moebius_layer(generator, 65, 31, 63, 3) if kind == "planes" else mobie_layer(generator, 65, 31, "hidden", 3)
     agree(layer, inputs(generator, layer, tokens, routing))
+
+
+def test_half_precision(backend: str) -> None:
+    generator = Generator().manual_seed(0)
+    for layer in (moebius_layer(generator, 1000, 65, 331, 3), mobie_layer(generator, 1000, 65, "output", 50)):
+        states, index, weights = inputs(generator, layer, 40, "one without tokens")
+        wanted = reference.routed_experts(states.bfloat16().float(), index, weights, *layer, gated)
+        got = routed_experts(states.bfloat16(), index, weights.bfloat16(), *layer, gated)
+        assert got.dtype == torch.bfloat16
+        assert 0 < (got - wanted).norm() < 0.01 * wanted.norm()
 
 
 def test_biases(backend: str) -> None:
@@ -316,6 +330,24 @@ def test_sums_over_codes_are_exact(width: int, grade: int, rows: int, level: obj
         level.add_codes(*where, across.data_ptr(), first, lanes, sums.data_ptr())  # type: ignore[attr-defined]
         wanted = 77 + (codes[:, first : first + lanes] * across.long().unsqueeze(1)).sum(0)
         assert torch.equal(sums[:lanes].long(), wanted) and (sums[lanes:] == 77).all()
+
+
+@pytest.mark.parametrize("width", SIZES)
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_unpacking_is_exact_but_for_bf16(width: int, side: str, backend: str) -> None:
+    generator = Generator().manual_seed(width)
+    for packed in (
+        graded(generator, side, 41, width),
+        planes(generator, side, 41, width, 4),
+        signs(generator, width, width, 0),
+    ):
+        kernel = cpu._kernel(packed)
+        for matrix in range(packed.batch):
+            wanted = packed.unpack()[matrix]
+            identity = torch.eye(wanted.shape[1])
+            got = kernel.dense(matrix, identity, torch.float32).mT
+            within = 2**-8 if isinstance(packed, Planes) else 1e-6
+            assert ((got - wanted).abs() <= within * wanted.abs()).all()
 
 
 # The tests themselves

@@ -4,6 +4,7 @@
 #include <array>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 
 #include "threads.h"
 
@@ -18,6 +19,7 @@ constexpr int kLanesPerTask = 1024;   // of an expert's outputs, along rows of s
 constexpr int kRowsPerTask = 256;     // of signs, across them
 constexpr int kCodeRowsPerTask = 64;  // rows of a shared factor
 constexpr int kCodeLanesPerTask = 256;
+constexpr int kUnpackedRowsPerTask = 64;
 constexpr int kBytesAhead = 16384;  // fetched before they are used
 constexpr float kLargestCode = 255;
 constexpr float kSmallestStep = 1e-37f;  // what has a finite inverse
@@ -33,6 +35,13 @@ constexpr float kAmplitudes[kMostPlanes + 1][kMostPlanes] = {{0, 0, 0, 0},
 int padded(int count) { return (count + kPadding - 1) / kPadding * kPadding; }
 size_t bytes_of(int values, int bits) { return (static_cast<size_t>(values) * bits + 7) / 8; }
 int tasks_of(int count, int per_task) { return (count + per_task - 1) / per_task; }
+
+// To the nearest, ties to even.
+uint16_t bf16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
 
 struct Magnitude {
   float sum, largest;
@@ -167,6 +176,24 @@ class Planes : public Factor {
       const int begin = width(e, count), end = width(e, count - 1);
       for (int p = 0, row = 0; p < count && begin < end; row += width(e, p++)) visit(begin, end, row + begin, kAmplitudes[count][p]);
     }
+  }
+
+  int unpacked_rows(int e) const override { return width(e, 0); }
+  int unpacked_width() const override { return t_.entries; }
+
+  // A direction has at most 16 values: all sums of its signed amplitudes, times its scale.
+  void unpack_row(int e, int direction, uint16_t* out, const Level& level) const override {
+    const uint8_t* rows[kMostPlanes];
+    int count = 0;
+    for (const uint8_t* plane = signs(e); count < t_.planes && direction < width(e, count); plane += width(e, count++) * stride_)
+      rows[count] = plane + direction * stride_;
+    uint16_t table[1 << kMostPlanes] = {};
+    for (int index = 0; index < 1 << count; ++index) {
+      float value = 0;
+      for (int p = 0; p < count; ++p) value += index >> p & 1 ? kAmplitudes[count][p] : -kAmplitudes[count][p];
+      table[index] = bf16(value * direction_scales(e)[direction]);
+    }
+    level.look_up(rows, count, table, t_.entries, out);
   }
 
   const PlanesTensors t_;
@@ -327,6 +354,15 @@ class Signs final : public Factor {
       slot.output[first + r] = scales[r] * (static_cast<float>(one[r]) * every.step + static_cast<float>(two[r]) * second);
   }
 
+  int unpacked_rows(int) const override { return t_.rows; }
+  int unpacked_width() const override { return t_.columns; }
+
+  void unpack_row(int e, int row, uint16_t* out, const Level& level) const override {
+    const uint16_t table[16] = {bf16(-1), bf16(1)};
+    const uint8_t* signs = t_.signs + (static_cast<size_t>(e) * t_.rows + row) * bytes_of(t_.columns, 1);
+    level.look_up(&signs, 1, table, t_.columns, out);
+  }
+
   const SignsTensors t_;
 };
 
@@ -349,6 +385,15 @@ class CodeRows : public Factor {
     int first;
     Codes codes;
   };
+
+  int unpacked_rows(int) const override { return t_.directions; }
+  int unpacked_width() const override { return t_.entries; }
+
+  void unpack_row(int, int row, uint16_t* out, const Level& level) const override {
+    size_t run = 0;
+    while (row >= runs_[run].first + runs_[run].codes.rows) ++run;
+    level.expand_codes(runs_[run].codes, row - runs_[run].first, t_.entries, out);
+  }
 
   const CodesTensors t_;
   std::vector<Run> runs_;
@@ -435,6 +480,15 @@ void Factor::apply(const float* inputs, float* outputs, const Routes& routes, co
   }
   if (routes.matrices) std::stable_sort(slots.begin(), slots.end(), [](const Slot& a, const Slot& b) { return a.matrix < b.matrix; });
   if (!slots.empty()) apply(slots, level, threads);
+}
+
+int Factor::unpack(int matrix, uint16_t* out, const Level& level, int threads) const {
+  const int count = unpacked_rows(matrix), width = unpacked_width();
+  for_each(tasks_of(count, kUnpackedRowsPerTask), threads, [&](int task) {
+    const int begin = task * kUnpackedRowsPerTask, end = std::min(count, begin + kUnpackedRowsPerTask);
+    for (int row = begin; row < end; ++row) unpack_row(matrix, row, out + static_cast<size_t>(row) * width, level);
+  });
+  return count;
 }
 
 std::unique_ptr<Factor> planes_input(const PlanesTensors& t) { return std::make_unique<PlanesInput>(t); }

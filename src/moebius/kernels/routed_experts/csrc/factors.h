@@ -24,6 +24,12 @@ class Factor {
   // inputs: (routes.rows / inputs_per, columns); outputs: (routes.rows, rows), every element is written.
   void apply(const float* inputs, float* outputs, const Routes& routes, const Level& level, int threads) const;
 
+  // One matrix in bf16, row after row as it is stored, without some of its scales. Returns how many rows there are.
+  //   planes: a row for each direction that has a plane, without the scales of the entries
+  //   signs: the first plane, without scales
+  //   codes: a row for each direction, in halves of its scale
+  int unpack(int matrix, uint16_t* out, const Level& level, int threads) const;
+
   const int batch, rows, columns;
 
  protected:
@@ -34,6 +40,10 @@ class Factor {
   };
   // Slots of the same matrix follow each other.
   virtual void apply(const std::vector<Slot>& slots, const Level& level, int threads) const = 0;
+  // Rows that a matrix has when it is unpacked, their width, and one of them.
+  virtual int unpacked_rows(int matrix) const = 0;
+  virtual int unpacked_width() const = 0;
+  virtual void unpack_row(int matrix, int row, uint16_t* out, const Level& level) const = 0;
 };
 
 // moebius.formats.planes. All pointers stay the caller's, and scales are decoded: (batch, entries) and (batch, directions).

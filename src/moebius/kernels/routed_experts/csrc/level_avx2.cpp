@@ -146,10 +146,46 @@ void add_codes(const Codes& codes, const int16_t* values, int first, int lanes, 
   }
 }
 
+// Sixteen words by index: their low and high bytes come from two tables of bytes.
+void look_up(const uint8_t* const* planes, int count, const uint16_t* table, int lanes, uint16_t* out) {
+  alignas(16) uint8_t low[16], high[16];
+  for (int i = 0; i < 16; ++i) low[i] = static_cast<uint8_t>(table[i]), high[i] = static_cast<uint8_t>(table[i] >> 8);
+  const __m256i lows = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(low)));
+  const __m256i highs = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(high)));
+  const __m256i each = each_bit();
+  int j = 0;
+  for (; j + kWords <= lanes; j += kWords) {
+    __m256i index = _mm256_setzero_si256();
+    for (int p = 0; p < count; ++p) {
+      uint16_t bits;
+      std::memcpy(&bits, planes[p] + j / 8, sizeof bits);
+      const __m256i place = _mm256_set1_epi16(static_cast<short>(1 << p));
+      index = _mm256_or_si256(index, _mm256_and_si256(lanes_of(bits, each), place));
+    }
+    // The upper byte of each word asks for byte 0, and is then cleared or shifted out.
+    const __m256i bottom = _mm256_and_si256(_mm256_shuffle_epi8(lows, index), _mm256_set1_epi16(0xff));
+    const __m256i top = _mm256_slli_epi16(_mm256_shuffle_epi8(highs, index), 8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + j), _mm256_or_si256(bottom, top));
+  }
+  const uint8_t* rest[4];
+  for (int p = 0; p < count; ++p) rest[p] = planes[p] + j / 8;
+  portable_look_up(rest, count, table, lanes - j, out + j);
+}
+
+void expand_codes(const Codes& codes, int row, int lanes, uint16_t* out) {
+  alignas(32) uint8_t bytes[kChunk + 16];
+  for (int begin = 0; begin < lanes; begin += kChunk) {
+    const int count = lanes - begin < kChunk ? lanes - begin : kChunk;
+    const uint8_t* at = codes.codes + row * codes.stride + static_cast<size_t>(begin) / 8 * codes.bits;
+    spread(at, codes.end, codes.bits, count, bytes);
+    for (int j = 0; j < count; ++j) out[begin + j] = portable_bf16(2 * bytes[j] - ((1 << codes.bits) - 1));
+  }
+}
+
 }  // namespace
 
 const Level* avx2_level() {
-  static const Level level{"avx2", add_signs, dot_signs, dot_codes, add_codes, portable_round, portable_multiply};
+  static const Level level{"avx2", add_signs, dot_signs, dot_codes, add_codes, look_up, expand_codes, portable_round, portable_multiply};
   return &level;
 }
 

@@ -232,10 +232,52 @@ void add_codes(const Codes& codes, const int16_t* values, int first, int lanes, 
   }
 }
 
+template <int kPlanes>
+inline int look_up_whole(const uint8_t* const* planes, const uint16_t* table, int lanes, uint16_t* out) {
+  const __m512i values = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(table)));
+  int j = 0;
+  for (; j + kWords <= lanes; j += kWords) {
+    __m512i index = _mm512_setzero_si512();
+    for (int p = 0; p < kPlanes; ++p) {
+      uint32_t mask;
+      std::memcpy(&mask, planes[p] + j / 8, sizeof mask);
+      index = _mm512_mask_add_epi16(index, mask, index, _mm512_set1_epi16(static_cast<short>(1 << p)));
+    }
+    _mm512_storeu_si512(out + j, _mm512_permutexvar_epi16(index, values));
+  }
+  return j;
+}
+
+void look_up(const uint8_t* const* planes, int count, const uint16_t* table, int lanes, uint16_t* out) {
+  const auto whole = count == 1 ? look_up_whole<1> : count == 2 ? look_up_whole<2> : count == 3 ? look_up_whole<3> : look_up_whole<4>;
+  const int done = whole(planes, table, lanes, out);
+  const uint8_t* rest[4];
+  for (int p = 0; p < count; ++p) rest[p] = planes[p] + done / 8;
+  portable_look_up(rest, count, table, lanes - done, out + done);
+}
+
+void expand_codes(const Codes& codes, int row, int lanes, uint16_t* out) {
+  const Spread spread(codes.bits);
+  const __m512i most = _mm512_set1_epi32((1 << codes.bits) - 1);
+  const uint8_t* at = codes.codes + row * codes.stride;
+  for (int j = 0; j < lanes; j += 64, at += spread.width) {
+    alignas(64) uint8_t bytes[64];
+    _mm512_store_si512(bytes, spread.load(at, spread.within(at, codes.end)));
+    for (int i = 0; i < 64 && j + i < lanes; i += 16) {
+      const __m512i code = _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes + i)));
+      const __m512 number = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_add_epi32(code, code), most));
+      const int left = lanes - j - i;
+      const __mmask16 mask = left >= 16 ? 0xffff : static_cast<__mmask16>((1 << left) - 1);
+      const __m512i upper = _mm512_srli_epi32(_mm512_castps_si512(number), 16);
+      _mm512_mask_cvtepi32_storeu_epi16(out + j + i, mask, upper);
+    }
+  }
+}
+
 }  // namespace
 
 const Level* avx512_level() {
-  static const Level level{"avx512", add_signs, dot_signs, dot_codes, add_codes, portable_round, portable_multiply};
+  static const Level level{"avx512", add_signs, dot_signs, dot_codes, add_codes, look_up, expand_codes, portable_round, portable_multiply};
   return &level;
 }
 

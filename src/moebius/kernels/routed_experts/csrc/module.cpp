@@ -89,12 +89,25 @@ NB_MODULE(_cpu, m) {
       .def_ro("batch", &Factor::batch)
       .def_ro("rows", &Factor::rows)
       .def_ro("columns", &Factor::columns)
-      .def("apply", &apply);
+      .def("apply", &apply)
+      .def("unpack", [](const Factor& factor, int matrix, uintptr_t out, const Level& level, int threads) {
+        nb::gil_scoped_release unlocked;
+        return factor.unpack(matrix, at<uint16_t>(out), level, threads);
+      });
 
   m.def("levels", [] {
     std::vector<std::string> names;
     for (const Level* level : levels()) names.emplace_back(level->name);
     return names;
+  });
+  // Whether products of bf16 matrices are faster here than those of float32.
+  m.def("multiplies_bf16", [] {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512bf16") != 0;
+#else
+    return false;
+#endif
   });
   m.def("level", &level_of, nb::rv_policy::reference);
   m.def("planes", [](bool input, int batch, int directions, int entries, int planes, uintptr_t widths, uintptr_t signs,

@@ -64,6 +64,28 @@ inline int portable_code(const uint8_t* row, int bits, int j) {
   }
 }
 
+[[maybe_unused]] void portable_look_up(const uint8_t* const* planes, int count, const uint16_t* table, int lanes,
+                                       uint16_t* out) {
+  for (int j = 0; j < lanes; ++j) {
+    int index = 0;
+    for (int p = 0; p < count; ++p) index |= portable_bit(planes[p], j) << p;
+    out[j] = table[index];
+  }
+}
+
+// Integers of eight bits and a sign are bf16 numbers: the upper half of the float that they are.
+inline uint16_t portable_bf16(int value) {
+  const float number = static_cast<float>(value);
+  uint32_t bits;
+  std::memcpy(&bits, &number, sizeof bits);
+  return static_cast<uint16_t>(bits >> 16);
+}
+
+[[maybe_unused]] void portable_expand_codes(const Codes& codes, int row, int lanes, uint16_t* out) {
+  const uint8_t* at = codes.codes + row * codes.stride;
+  for (int j = 0; j < lanes; ++j) out[j] = portable_bf16(2 * portable_code(at, codes.bits, j) - ((1 << codes.bits) - 1));
+}
+
 [[maybe_unused]] void portable_round(const float* values, int count, float scale, int16_t* out) {
   for (int j = 0; j < count; ++j) {
     const float shifted = values[j] * scale + 12582912.0f;  // 1.5 · 2^23: the integer is then in the lowest bits
