@@ -18,7 +18,6 @@ constexpr float kMeanMagnitude = 320;
 constexpr int kLanesPerTask = 1024;   // of an expert's outputs, along rows of signs
 constexpr int kRowsPerTask = 256;     // of signs, across them
 constexpr int kCodeRowsPerTask = 64;  // rows of a shared factor
-constexpr int kCodeLanesPerTask = 256;
 constexpr int kUnpackedRowsPerTask = 64;
 constexpr int kBytesAhead = 16384;  // fetched before they are used
 constexpr float kLargestCode = 255;
@@ -374,6 +373,7 @@ class CodeRows : public Factor {
     int direction = 0;
     for (const Grade& grade : t_.grades) {
       const size_t stride = bytes_of(t_.entries, grade.bits);
+      for (int row = 0; row < grade.count; row += kCodeRowsPerTask) tasks_.push_back({static_cast<int>(runs_.size()), row});
       runs_.push_back({direction, {t_.codes + at, t_.codes + t_.bytes, stride, grade.bits, grade.count}});
       at += stride * grade.count;
       direction += grade.count;
@@ -395,16 +395,24 @@ class CodeRows : public Factor {
     level.expand_codes(runs_[run].codes, row - runs_[run].first, t_.entries, out);
   }
 
+  // Consecutive rows of as many bits each, few enough for many tasks.
+  Run part_of(int task) const {
+    const auto [run, row] = tasks_[task];
+    Run part = runs_[run];
+    part.first += row;
+    part.codes.codes += row * part.codes.stride;
+    part.codes.rows = std::min(kCodeRowsPerTask, part.codes.rows - row);
+    return part;
+  }
+
   const CodesTensors t_;
   std::vector<Run> runs_;
+  std::vector<std::array<int, 2>> tasks_;  // run, first row in it
 };
 
 class CodesInput final : public CodeRows {
  public:
-  explicit CodesInput(const CodesTensors& t) : CodeRows(t, t.directions, t.entries) {
-    for (int run = 0; run < static_cast<int>(runs_.size()); ++run)
-      for (int row = 0; row < runs_[run].codes.rows; row += kCodeRowsPerTask) tasks_.push_back({run, row});
-  }
+  explicit CodesInput(const CodesTensors& t) : CodeRows(t, t.directions, t.entries) {}
 
  protected:
   void apply(const std::vector<Slot>& slots, const Level& level, int threads) const override {
@@ -412,10 +420,7 @@ class CodesInput final : public CodeRows {
     auto& values = kept<Quantized>(count);
     for_each(count, threads, [&](int i) { values[i].for_codes(slots[i].input, t_.entries, level); });
     for_each(static_cast<int>(tasks_.size()), threads, [&](int task) {
-      Codes part = runs_[tasks_[task][0]].codes;
-      const int row = tasks_[task][1], first = runs_[tasks_[task][0]].first + row;
-      part.codes += row * part.stride;
-      part.rows = std::min(kCodeRowsPerTask, part.rows - row);
+      const auto [first, part] = part_of(task);
       std::array<int32_t, kCodeRowsPerTask> sums;
       for (int i = 0; i < count; ++i) {
         level.dot_codes(part, values[i].values.data(), t_.entries, sums.data());
@@ -427,9 +432,6 @@ class CodesInput final : public CodeRows {
       }
     });
   }
-
- private:
-  std::vector<std::array<int, 2>> tasks_;  // run, first row in it
 };
 
 class CodesOutput final : public CodeRows {
@@ -445,22 +447,43 @@ class CodesOutput final : public CodeRows {
       level.multiply(slots[i].input, t_.scales, t_.directions, 1, floats.data());
       values[i].for_codes(floats.data(), t_.directions, level);
     });
-    for_each(tasks_of(t_.entries, kCodeLanesPerTask), threads, [&](int task) {
-      const int first = task * kCodeLanesPerTask, lanes = std::min(kCodeLanesPerTask, t_.entries - first);
+    // Each task reads whole rows, which lie together, and has sums of its own, which are put together afterwards.
+    const size_t parts = tasks_.size(), width = t_.entries;
+    auto& sums = kept<int32_t>(parts * count * width);
+    for_each(static_cast<int>(parts), threads, [&](int task) {
+      const Run part = part_of(task);
       for (int i = 0; i < count; ++i) {
-        std::array<int32_t, kCodeLanesPerTask> sums{};
-        int64_t centre = 0;
-        for (const Run& run : runs_) {
-          const int16_t* mine = values[i].values.data() + run.first;
-          level.add_codes(run.codes, mine, first, lanes, sums.data());
-          int64_t total = 0;
-          for (int k = 0; k < run.codes.rows; ++k) total += mine[k];
-          centre += total * ((1 << run.codes.bits) - 1);
-        }
-        for (int j = 0; j < lanes; ++j)
-          slots[i].output[first + j] = 0.5f * values[i].step * static_cast<float>(2 * static_cast<int64_t>(sums[j]) - centre);
+        int32_t* mine = sums.data() + (i * parts + task) * width;
+        std::fill_n(mine, width, 0);
+        level.add_codes(part.codes, values[i].values.data() + part.first, 0, t_.entries, mine);
       }
     });
+    const int blocks = tasks_of(t_.entries, kLanesPerTask);
+    for_each(count * blocks, threads, [&](int task) {
+      const int i = task / blocks, first = task % blocks * kLanesPerTask, lanes = std::min(kLanesPerTask, t_.entries - first);
+      std::array<int32_t, kLanesPerTask> total;
+      std::fill_n(total.begin(), lanes, 0);
+      for (size_t part = 0; part < parts; ++part) {
+        const int32_t* more = sums.data() + (i * parts + part) * width + first;
+        for (int j = 0; j < lanes; ++j) total[j] += more[j];
+      }
+      const int64_t centre = centre_of(values[i]);
+      float* output = slots[i].output + first;
+      for (int j = 0; j < lanes; ++j)
+        output[j] = 0.5f * values[i].step * static_cast<float>(2 * static_cast<int64_t>(total[j]) - centre);
+    });
+  }
+
+ private:
+  // Twice what the levels are shifted by, over all directions.
+  int64_t centre_of(const Quantized& values) const {
+    int64_t centre = 0;
+    for (const Run& run : runs_) {
+      int64_t total = 0;
+      for (int k = run.first; k < run.first + run.codes.rows; ++k) total += values.values[k];
+      centre += total * ((1 << run.codes.bits) - 1);
+    }
+    return centre;
   }
 };
 

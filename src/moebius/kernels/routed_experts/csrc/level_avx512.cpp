@@ -200,7 +200,7 @@ inline void add_entries(const __m512i* coarse, const __m512i* fine, int lanes, i
 }
 
 void add_codes(const Codes& codes, const int16_t* values, int first, int lanes, int32_t* sums) {
-  constexpr int kRows = 32;  // rows that pass through the nearest cache together, while the next ones are fetched
+  constexpr int kRows = 16;  // rows that pass through the nearest cache together, while the next ones are fetched
   const Spread spread(codes.bits);
   for (int begin = 0; begin < codes.rows; begin += kRows) {
     const int rows = codes.rows - begin < kRows ? codes.rows - begin : kRows;
