@@ -18,20 +18,31 @@ inline int portable_code(const uint8_t* row, int bits, int j) {
   return code & ((1 << bits) - 1);
 }
 
+// Eight bits as eight words: all ones where the bit is set. Compilers turn loops over eight words into vectors everywhere.
+struct PortableMasks {
+  alignas(16) int16_t of[256][8];
+
+  constexpr PortableMasks() : of() {
+    for (int byte = 0; byte < 256; ++byte)
+      for (int bit = 0; bit < 8; ++bit) of[byte][bit] = byte >> bit & 1 ? -1 : 0;
+  }
+};
+[[maybe_unused]] constexpr PortableMasks kMasks;
+
 [[maybe_unused]] void portable_add_signs(const uint8_t* signs, size_t stride, int rows, const int16_t* values, int lanes, int,
                                          int32_t* sums) {
-  constexpr int kBlock = 256;  // sums that stay in the nearest cache, in 16 bits
-  for (int begin = 0; begin < lanes; begin += kBlock) {
-    const int count = lanes - begin < kBlock ? lanes - begin : kBlock;
-    int16_t block[kBlock] = {};
+  constexpr int kBytes = 4;
+  for (int begin = 0; begin < lanes; begin += 8 * kBytes) {
+    const int count = lanes - begin < 8 * kBytes ? lanes - begin : 8 * kBytes, bytes = (count + 7) / 8;
+    alignas(16) int16_t block[kBytes][8] = {};
     for (int r = 0; r < rows; ++r) {
-      const uint8_t* row = signs + r * stride + begin / 8;
+      uint8_t row[kBytes] = {};
+      std::memcpy(row, signs + r * stride + begin / 8, bytes);
       const int16_t value = values[r];
-      for (int byte = 0; byte * 8 < count; ++byte)
-        for (int bit = 0; bit < 8; ++bit)
-          block[byte * 8 + bit] = static_cast<int16_t>(block[byte * 8 + bit] + (value & -((row[byte] >> bit) & 1)));
+      for (int byte = 0; byte < kBytes; ++byte)
+        for (int i = 0; i < 8; ++i) block[byte][i] = static_cast<int16_t>(block[byte][i] + (value & kMasks.of[row[byte]][i]));
     }
-    for (int j = 0; j < count; ++j) sums[begin + j] += block[j];
+    for (int j = 0; j < count; ++j) sums[begin + j] += block[j / 8][j % 8];
   }
 }
 
@@ -39,28 +50,57 @@ inline int portable_code(const uint8_t* row, int bits, int j) {
                                          int columns, int32_t* sums) {
   for (int r = 0; r < rows; ++r) {
     const uint8_t* row = signs + r * stride;
-    int32_t lanes[8] = {};
+    alignas(16) int16_t lanes[2][8] = {};
     int byte = 0;
-    for (; byte * 8 + 8 <= columns; ++byte)
-      for (int bit = 0; bit < 8; ++bit) lanes[bit] += values[byte * 8 + bit] & -((row[byte] >> bit) & 1);
-    for (int j = byte * 8; j < columns; ++j) lanes[0] += values[j] & -portable_bit(row, j);
-    for (int bit = 0; bit < 8; ++bit) sums[r] += lanes[bit];
+    for (; byte * 8 + 16 <= columns; byte += 2)
+      for (int odd = 0; odd < 2; ++odd)
+        for (int i = 0; i < 8; ++i) {
+          const int value = values[(byte + odd) * 8 + i] & kMasks.of[row[byte + odd]][i];
+          lanes[odd][i] = static_cast<int16_t>(lanes[odd][i] + value);
+        }
+    for (int i = 0; i < 16; ++i) sums[r] += lanes[i / 8][i % 8];
+    for (int j = byte * 8; j < columns; ++j) sums[r] += values[j] & -portable_bit(row, j);
+  }
+}
+
+constexpr int kPortableChunk = 256;  // codes that are bytes at a time
+
+// `count` codes to bytes, eight at a time, up to a multiple of eight.
+[[maybe_unused]] void portable_spread(const uint8_t* at, const uint8_t* end, int bits, int count, uint8_t* out) {
+  const uint64_t low = (uint64_t{1} << bits) - 1;
+  for (int j = 0; j < count; j += 8, at += bits) {
+    uint8_t bytes[8] = {};
+    std::memcpy(bytes, at, end - at >= 8 ? 8 : end > at ? end - at : 0);
+    uint64_t packed = 0;
+    for (int i = 0; i < 8; ++i) packed |= static_cast<uint64_t>(bytes[i]) << (8 * i);
+    for (int i = 0; i < 8; ++i) out[j + i] = static_cast<uint8_t>(packed >> (i * bits) & low);
   }
 }
 
 [[maybe_unused]] void portable_dot_codes(const Codes& codes, const int16_t* values, int columns, int32_t* sums) {
+  uint8_t bytes[kPortableChunk];
   for (int r = 0; r < codes.rows; ++r) {
     const uint8_t* row = codes.codes + r * codes.stride;
     int32_t sum = 0;
-    for (int j = 0; j < columns; ++j) sum += values[j] * portable_code(row, codes.bits, j);
+    for (int begin = 0; begin < columns; begin += kPortableChunk) {
+      const int count = columns - begin < kPortableChunk ? columns - begin : kPortableChunk;
+      portable_spread(row + static_cast<size_t>(begin) / 8 * codes.bits, codes.end, codes.bits, count, bytes);
+      for (int j = 0; j < count; ++j) sum += values[begin + j] * bytes[j];
+    }
     sums[r] = sum;
   }
 }
 
 [[maybe_unused]] void portable_add_codes(const Codes& codes, const int16_t* values, int first, int lanes, int32_t* sums) {
+  uint8_t bytes[kPortableChunk];
   for (int r = 0; r < codes.rows; ++r) {
-    const uint8_t* row = codes.codes + r * codes.stride + static_cast<size_t>(first) * codes.bits / 8;
-    for (int j = 0; j < lanes; ++j) sums[j] += values[r] * portable_code(row, codes.bits, j);
+    const uint8_t* row = codes.codes + r * codes.stride + static_cast<size_t>(first) / 8 * codes.bits;
+    const int16_t value = values[r];
+    for (int begin = 0; begin < lanes; begin += kPortableChunk) {
+      const int count = lanes - begin < kPortableChunk ? lanes - begin : kPortableChunk;
+      portable_spread(row + static_cast<size_t>(begin) / 8 * codes.bits, codes.end, codes.bits, count, bytes);
+      for (int j = 0; j < count; ++j) sums[begin + j] += value * bytes[j];
+    }
   }
 }
 
