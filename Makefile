@@ -22,8 +22,9 @@ style: $(READY)  ## what `check` would complain about, mended where a tool can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)  ## seconds and peak memory of calibration and of every method
+bench: $(READY)  ## seconds and peak memory of calibration and of every method, and milliseconds per token of the experts
 	$(BIN)/python benchmarks/quantize.py
+	$(BIN)/python benchmarks/kernel.py
 
 clean:
 	rm -rf $(VENV) build demo

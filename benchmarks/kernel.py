@@ -164,6 +164,15 @@ def additions_per_token(gate_up: PackedProjection, down: PackedProjection, top_k
     return signs, codes
 
 
+def extra_bytes(layer: tuple[PackedProjection, PackedProjection], experts: object) -> int:
+    """What a kernel keeps of a layer besides the stored tensors."""
+    if not isinstance(experts, cpu.CpuExperts):
+        return 0
+    stored = {t.data_ptr() for projection in layer for t in projection.tensors().values()}
+    held = [t for kernel in (experts.gate_up, experts.down, *experts.shared.values()) for t in kernel.held]
+    return sum(t.numel() * t.element_size() for t in held if t.data_ptr() not in stored)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=("moebius", "mobie"), default="moebius")
@@ -211,6 +220,7 @@ def main() -> None:
         "threads": arguments.threads,
         "tokens": arguments.tokens,
         "bits_per_weight": round(8 * stored / weights, 4),
+        "held_beyond_the_files": f"{extra_bytes(layers[0], ready[0]) / stored:.1%}",
         "ms_per_step": round(1e3 * seconds, 2),
         "ms_per_token": round(1e3 * seconds / arguments.tokens, 2),
         "read_MB_per_token": round(read / 1e6, 1),

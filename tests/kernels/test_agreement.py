@@ -6,6 +6,7 @@ Frobenius norm) and in each of them; that these bounds reject real mistakes is a
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -382,6 +383,12 @@ def test_mistakes_are_seen() -> None:
 
 
 # Damage, and what was picked
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="there is no C++ compiler")
+def test_kernels_are_compiled_where_there_is_a_compiler() -> None:
+    """A build that fails leaves a package that works, and skips most of the tests above: that must not go unseen."""
+    assert "scalar" in cpu.levels()
 
 
 @needs_build
