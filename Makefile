@@ -22,14 +22,15 @@ style: $(READY)  ## what `check` would complain about, mended where a tool can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)  ## seconds and peak memory of calibration and of every method
+bench: $(READY)  ## seconds and peak memory of calibration and of every method, and milliseconds per token of the experts
 	$(BIN)/python benchmarks/quantize.py
+	$(BIN)/python benchmarks/kernel.py
 
 clean:
 	rm -rf $(VENV) build demo
 
 # torch first and by its pin: pip then takes the build at hand instead of resolving a newer one for another package.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/moebius/kernels/*/csrc/*)
 	@echo "setting up $(VENV) (once, a minute or two)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt torch

@@ -44,3 +44,7 @@ class CalibrationError(MoebiusError):
 
 class OutputError(MoebiusError):
     """An output folder that is not empty or cannot be written, or a disk that is full."""
+
+
+class KernelError(MoebiusError):
+    """A kernel that was asked for by name and is not there, or cannot run a layer."""

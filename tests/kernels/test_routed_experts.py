@@ -1,4 +1,4 @@
-"""The expert op against a loop over tokens and their experts, written from the formula."""
+"""The definition of the expert op against a loop over tokens and their experts, written from the formula."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import Tensor
 
 from moebius.formats import PackedProjection
 from moebius.formats.signs import Signs
-from moebius.kernels.routed_experts import reference, routed_experts
+from moebius.kernels.routed_experts import reference
+from moebius.kernels.routed_experts.reference import routed_experts
 
 EXPERTS, HIDDEN, INNER = 6, 20, 12
 

@@ -89,7 +89,7 @@ class Graded(Packed):
         pick = slice(None) if index is None else index
         codes, scales = self.codes[pick], decode(self.scale_codes[pick], self.scale_grid[pick])
         parts, begin = [scales.new_zeros(len(scales), 0, self.entries)], 0
-        for grade, count in self._runs():
+        for grade, count in self.runs():
             width = packed_width(self.entries, grade)
             block = codes[:, begin : begin + count * width].reshape(-1, count, width)
             parts.append(unpack(block, grade, self.entries).float() - (2**grade - 1) / 2)
@@ -98,14 +98,15 @@ class Graded(Packed):
         return values if self.side == "input" else values.mT.contiguous()
 
     def expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        stream = sum(count * packed_width(self.entries, grade) for grade, count in self._runs())
+        stream = sum(count * packed_width(self.entries, grade) for grade, count in self.runs())
         return {
             "codes": ((self.batch, stream), torch.uint8),
             "scale_codes": ((self.batch, self.directions), torch.uint8),
             "scale_grid": ((self.batch, 2), torch.float16),
         }
 
-    def _runs(self) -> list[tuple[int, int]]:
+    def runs(self) -> list[tuple[int, int]]:
+        """Bits, and how many directions in order have them."""
         try:
             runs = [(int(grade), int(count)) for grade, count in (pair.split(":") for pair in self.grades.split())]
         except ValueError:

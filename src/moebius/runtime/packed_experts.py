@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
 from moebius.formats import Packed, PackedProjection
-from moebius.kernels.routed_experts import routed_experts
+from moebius.kernels.routed_experts import prepare
 from moebius.runtime.packed_module import PackedMixin, PackedTensors, packed_of, swap
 from moebius.types import ExpertsLayout
 
@@ -31,19 +33,55 @@ class PackedExpertsMixin(PackedMixin):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As transformers' experts: (tokens, hidden), (tokens, top_k), (tokens, top_k) to (tokens, hidden)."""
-        gate_up, down = packed_projections(self)
         module: Any = self
         layout = packed_layout(self)
-        return routed_experts(
+        activation = module._apply_gate if layout.has_gate else module.act_fn
+        ready = _ready(self, activation)
+        return ready.experts(
             hidden_states,
             top_k_index,
             top_k_weights,
-            gate_up,
-            down,
-            module._apply_gate if layout.has_gate else module.act_fn,
-            _bias(gate_up, getattr(module, f"{layout.gate_up_name}_bias") if layout.has_bias else None),
-            _bias(down, getattr(module, f"{layout.down_name}_bias") if layout.has_bias else None),
+            activation,
+            _bias(ready.gate_up, getattr(module, f"{layout.gate_up_name}_bias") if layout.has_bias else None),
+            _bias(ready.down, getattr(module, f"{layout.down_name}_bias") if layout.has_bias else None),
         )
+
+
+class _Ready:
+    """A layer in the hands of a kernel, and what that was made from."""
+
+    def __init__(self, module: nn.Module, activation: Callable[[Tensor], Tensor]) -> None:
+        self.gate_up, self.down = packed_projections(module)
+        self.experts = prepare(self.gate_up, self.down, activation)
+        # This is asked in every layer for every token: dictionaries are faster than walking through modules.
+        layout = packed_layout(module)
+        parents = [(module._modules, name) for name in (layout.gate_up_name, layout.down_name)]
+        parents += [(part._modules, name) for part in _projection_tensors(module) for name in part._modules]
+        self.modules = [(holder, name, holder[name]) for holder, name in parents]
+        holders = [(part._buffers, name) for _, _, part in self.modules if part is not None for name in part._buffers]
+        self.buffers = [(holder, name, t, _version(t)) for holder, name in holders if (t := holder[name]) is not None]
+
+    def holds(self) -> bool:
+        """Whether no module and no buffer was replaced or written to since."""
+        for holder, name, part in self.modules:
+            if holder.get(name) is not part:
+                return False
+        return all(holder.get(name) is t and _version(t) == version for holder, name, t, version in self.buffers)
+
+
+#: By module, and outside of it: it is neither saved, nor copied, nor moved.
+_READY: WeakKeyDictionary[nn.Module, _Ready] = WeakKeyDictionary()
+
+
+def _ready(module: PackedExpertsMixin, activation: Callable[[Tensor], Tensor]) -> _Ready:
+    ready = _READY.get(module)
+    if ready is None or not ready.holds():
+        ready = _READY[module] = _Ready(module, activation)
+    return ready
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _bias(projection: PackedProjection, own: Tensor | None) -> Tensor | None:
@@ -78,10 +116,15 @@ def packed_layout(module: nn.Module) -> ExpertsLayout:
 
 def packed_projections(module: nn.Module) -> tuple[PackedProjection, PackedProjection]:
     """``gate_up`` and ``down`` of a packed experts module."""
+    gate_up, down = _projection_tensors(module)
+    return gate_up.packed(), down.packed()
+
+
+def _projection_tensors(module: nn.Module) -> tuple[ProjectionTensors, ProjectionTensors]:
     layout = packed_layout(module)
     gate_up, down = module.get_submodule(layout.gate_up_name), module.get_submodule(layout.down_name)
     assert isinstance(gate_up, ProjectionTensors) and isinstance(down, ProjectionTensors)
-    return gate_up.packed(), down.packed()
+    return gate_up, down
 
 
 def unpack_experts(module: PackedExpertsMixin, gate_up: Tensor, down: Tensor) -> None:

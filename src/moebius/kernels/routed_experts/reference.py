@@ -59,10 +59,16 @@ def routed_experts(
         outputs[chosen] = torch.bmm(padded, down.factor.unpack(experts).mT)[valid] * weights[chosen]
     result = _shared(down.left, outputs.view(tokens, top_k, down.factor.rows).sum(1))
     if down_bias is not None:
-        routing = weights.new_zeros(tokens, gate_up.factor.batch + 1)  # the last column takes the padding
-        routing.scatter_add_(1, top_k_index.clamp(max=gate_up.factor.batch), weights.view(tokens, top_k))
-        result = result + routing[:, :-1] @ down_bias.float()
+        result = result + routed_bias(top_k_index, top_k_weights, down_bias)
     return result.to(hidden.dtype)
+
+
+def routed_bias(top_k_index: Tensor, top_k_weights: Tensor, bias: Tensor) -> Tensor:
+    """The weighted sum of what the chosen experts add, (tokens, out), for a bias (experts, out)."""
+    experts = len(bias)
+    index = torch.where((top_k_index >= 0) & (top_k_index < experts), top_k_index, experts)
+    routing = torch.zeros(len(index), experts + 1, device=bias.device)  # the last column takes the padding
+    return routing.scatter_add_(1, index, top_k_weights.float())[:, :-1] @ bias.float()
 
 
 def _shared(factor: Packed | None, states: Tensor) -> Tensor:

@@ -1,0 +1,498 @@
+"""Every backend against the definition, over sizes, routings and scales that are easily got wrong.
+
+Sums of integers have to be exact. What rounds its inputs has to be close to the definition over all elements (relative
+Frobenius norm) and in each of them; that these bounds reject real mistakes is a test of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Generator, Tensor
+
+from moebius.errors import CheckpointError, KernelError
+from moebius.formats import Packed, PackedProjection
+from moebius.formats.bits import pack
+from moebius.formats.graded import Graded
+from moebius.formats.integers import Integers
+from moebius.formats.planes import Planes, pack_signs
+from moebius.formats.signs import Signs
+from moebius.kernels.routed_experts import cpu, dispatch, reference, routed_experts
+
+SIZES = (1, 31, 63, 65, 1000)
+EXPERTS = 5
+Layer = tuple[PackedProjection, PackedProjection]
+#: Relative to the norm of all elements; in each element, to the root mean square of its token.
+CLOSE, CLOSE_ELEMENT = 0.004, 0.02
+
+needs_build = pytest.mark.skipif(not cpu.levels(), reason="the compiled kernels are not there")
+
+
+def disagreement(got: Tensor, wanted: Tensor) -> str | None:
+    """What is wrong with a result, in words."""
+    got, wanted = got.double(), wanted.double()
+    if got.shape != wanted.shape:
+        return f"shape {tuple(got.shape)}, wanted {tuple(wanted.shape)}"
+    if not got.isfinite().all():
+        return f"{int((~got.isfinite()).sum())} elements are not finite"
+    difference, size = (got - wanted), wanted.norm()
+    if difference.norm() > CLOSE * size:
+        return f"relative norm of the difference {float(difference.norm() / size):.5f}"
+    # A token with small outputs may err by a share of what the others have: a gate far out magnifies its errors.
+    spread = wanted.square().mean(-1, keepdim=True).sqrt() + 0.1 * wanted.square().mean().sqrt()
+    off = difference.abs() > CLOSE_ELEMENT * spread
+    if off.any():
+        return f"{int(off.sum())} elements are off by up to {float(difference.abs()[off].max())}"
+    return None
+
+
+# Random layers
+
+
+def bits(generator: Generator, *shape: int) -> Tensor:
+    return torch.rand(shape, generator=generator) > 0.5
+
+
+def planes(generator: Generator, side: str, directions: int, entries: int, most: int) -> Planes:
+    """Every number of planes up to ``most`` in each matrix but one, which has none at all."""
+    widths = torch.randint(0, directions + 1, (EXPERTS, max(1, most)), generator=generator).sort(descending=True).values
+    widths[1] = 0
+    widths[0, 0] = directions
+    if most == 0:
+        widths[:] = 0
+    covered = bits(generator, EXPERTS, max(1, most), directions, entries)
+    codes = (torch.randint(0, 32, (EXPERTS, n), generator=generator) for n in (entries, directions))
+    grids = torch.tensor([-1.0, 0.04]).expand(EXPERTS, 2)
+    entry_codes, direction_codes = codes
+    packed = Planes.pack(
+        pack_signs(covered, widths),
+        widths,
+        entry_codes,
+        grids,
+        direction_codes,
+        grids,
+        side=side,
+        directions=directions,
+        entries=entries,
+        scale_bits=5,
+    )
+    packed.check("random")
+    return packed
+
+
+def signs(generator: Generator, rows: int, columns: int, salient: int) -> Signs:
+    """Scales of both signs, and some that are zero."""
+    mask = torch.zeros(EXPERTS, columns, dtype=torch.bool)
+    for matrix in mask:
+        matrix[torch.randperm(columns, generator=generator)[:salient]] = True
+    row_scales = torch.randn(EXPERTS, rows, generator=generator)
+    row_scales[:, ::7] = 0
+    column_scales = torch.randn(EXPERTS, columns, generator=generator)
+    column_scales[:, 3::11] = 0
+    return Signs.pack(
+        bits(generator, EXPERTS, rows, columns),
+        row_scales + 0.1 * (rows == 1),
+        column_scales,
+        salient_mask=mask,
+        salient_positive=bits(generator, EXPERTS, rows, columns),
+        salient_column_scales=torch.randn(EXPERTS, columns, generator=generator),
+    )
+
+
+def graded(generator: Generator, side: str, directions: int, entries: int) -> Graded:
+    of = sorted((8, 6, 5, 4, 3)[k % 5] for k in range(directions))[::-1]
+    codes = torch.stack([torch.randint(0, 2**b, (entries,), generator=generator) for b in of]).unsqueeze(0)
+    # A level is as large at 3 bits as at 8: the scale makes directions alike.
+    scale_codes = torch.tensor([[min(255, int(b * 20)) for b in of]])
+    return Graded.pack(codes, scale_codes, torch.tensor([[-1.0, -0.0173]]), side=side, bits=of)
+
+
+def integers(generator: Generator, rows: int, columns: int) -> Integers:
+    codes = torch.randint(0, 256, (1, rows, columns), generator=generator)
+    scales = torch.rand(1, rows, 1, generator=generator) * 0.01
+    return Integers.pack(codes, scales, None, bits=8, group_size=columns)
+
+
+def moebius_layer(
+    generator: Generator, hidden: int, inner: int, kept: int, most: int
+) -> tuple[PackedProjection, PackedProjection]:
+    return (
+        PackedProjection(planes(generator, "input", kept, 2 * inner, most), right=graded(generator, "input", kept, hidden)),
+        PackedProjection(planes(generator, "output", kept, inner, most), left=graded(generator, "output", kept, hidden)),
+    )
+
+
+def mobie_layer(
+    generator: Generator, hidden: int, inner: int, side: str, salient: int
+) -> tuple[PackedProjection, PackedProjection]:
+    def one(rows: int, columns: int, shared: str) -> PackedProjection:
+        rank = min(rows, columns)
+        if shared == "left":
+            return PackedProjection(
+                signs(generator, rank, columns, min(salient, columns)), left=integers(generator, rows, rank)
+            )
+        return PackedProjection(signs(generator, rows, rank, min(salient, rank)), right=integers(generator, rank, columns))
+
+    return one(2 * inner, hidden, "right" if side == "hidden" else "left"), one(hidden, inner, "left")
+
+
+def gated(states: Tensor) -> Tensor:
+    gate, up = states.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+ROUTINGS: dict[str, Callable[[Generator, int], Tensor]] = {
+    "one without tokens": lambda g, tokens: torch.rand(tokens, EXPERTS - 1, generator=g).topk(2).indices,
+    "all on one": lambda g, tokens: torch.full((tokens, 1), 3),
+    "padding": lambda g, tokens: torch.randint(0, EXPERTS + 2, (tokens, 3), generator=g) - 1,
+    "int32, not contiguous": lambda g, tokens: torch.randint(0, EXPERTS, (3, tokens), generator=g).int().T,
+}
+
+
+def inputs(generator: Generator, layer: Layer, tokens: int, routing: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states that excite the channels about as much as those of a model do: far out, a gate magnifies any error."""
+    weight = layer[0].unpack()
+    index = ROUTINGS[routing](generator, tokens)
+    weights = torch.rand(index.shape[::-1], generator=generator).T  # not contiguous either
+    states = torch.randn(weight.shape[2], tokens, generator=generator).T
+    return states / weight.square().sum(2).mean().sqrt().clamp_min(1e-6), index, weights
+
+
+# Backends
+
+
+@pytest.fixture(params=cpu.levels() or [pytest.param("none", marks=needs_build)])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The CPU kernel at each set of instructions that this machine has, with two threads, writing to NaN."""
+    before = cpu.level()
+    cpu.use_level(request.param)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # what the kernel asks; PyTorch's own threads would spin
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **kind: empty(*shape, **kind).fill_(torch.nan))
+    monkeypatch.setattr(cpu, "_scratch", threading.local())
+    monkeypatch.setenv("MOEBIUS_KERNEL", "cpu")
+    yield request.param
+    cpu.use_level(before)
+
+
+def agree(layer: Layer, given: tuple[Tensor, Tensor, Tensor]) -> None:
+    wanted = reference.routed_experts(given[0], given[1].long(), given[2], *layer, gated)
+    got = routed_experts(*given, *layer, gated)
+    assert disagreement(got, wanted) is None
+
+
+@pytest.mark.parametrize(("hidden", "inner", "kept"), [(s, SIZES[-1 - i], SIZES[(i + 2) % 5]) for i, s in enumerate(SIZES)])
+@pytest.mark.parametrize("most", range(5))
+def test_nested_planes(hidden: int, inner: int, kept: int, most: int, backend: str) -> None:
+    agree(*planes_case(hidden, inner, kept, most))
+
+
+@cache
+def planes_case(hidden: int, inner: int, kept: int, most: int) -> tuple[Layer, tuple[Tensor, Tensor, Tensor]]:
+    """The same for every level: making it takes longer than testing it."""
+    generator = Generator().manual_seed(most)
+    layer = moebius_layer(generator, hidden, inner, kept, most)
+    return layer, inputs(generator, layer, 3, "one without tokens")
+
+
+@pytest.mark.parametrize(("hidden", "inner"), [(s, SIZES[(i + 3) % 5]) for i, s in enumerate(SIZES)])
+@pytest.mark.parametrize(("side", "salient"), [("hidden", 5), ("output", 40), ("output", 0)])
+def test_signs(hidden: int, inner: int, side: str, salient: int, backend: str) -> None:
+    generator = Generator().manual_seed(hidden)
+    layer = mobie_layer(generator, hidden, inner, side, salient)
+    agree(layer, inputs(generator, layer, 3, "one without tokens"))
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("tokens", [0, 1, 7, 40])
+@pytest.mark.parametrize("kind", ["planes", "signs"])
+def test_routing(routing: str, tokens: int, kind: str, backend: str) -> None:
+    generator = Generator().manual_seed(tokens)
+    layer = moebius_layer(generator, 65, 31, 63, 3) if kind == "planes" else mobie_layer(generator, 65, 31, "hidden", 3)
+    agree(layer, inputs(generator, layer, tokens, routing))
+
+
+def test_half_precision(backend: str) -> None:
+    generator = Generator().manual_seed(0)
+    for layer in (moebius_layer(generator, 1000, 65, 331, 3), mobie_layer(generator, 1000, 65, "output", 50)):
+        states, index, weights = inputs(generator, layer, 40, "one without tokens")
+        wanted = reference.routed_experts(states.bfloat16().float(), index, weights, *layer, gated)
+        got = routed_experts(states.bfloat16(), index, weights.bfloat16(), *layer, gated)
+        assert got.dtype == torch.bfloat16
+        assert 0 < (got - wanted).norm() < 0.01 * wanted.norm()
+
+
+def test_biases(backend: str) -> None:
+    generator = Generator().manual_seed(0)
+    layer = moebius_layer(generator, 65, 31, 63, 2)
+    states, index, weights = inputs(generator, layer, 4, "padding")
+    biases = torch.randn(EXPERTS, 62, generator=generator), torch.randn(EXPERTS, 65, generator=generator)
+    wanted = reference.routed_experts(states, index, weights, *layer, gated, *biases)
+    assert disagreement(routed_experts(states, index, weights, *layer, gated, *biases), wanted) is None
+    assert disagreement(routed_experts(states, index, weights, *layer, gated), wanted) is not None
+
+
+def test_outliers_and_zeros(backend: str) -> None:
+    """One input a thousand times the others must not drown them, and no input is no reason for NaN."""
+    generator = Generator().manual_seed(0)
+    for layer in (moebius_layer(generator, 1000, 63, 1000, 2), mobie_layer(generator, 1000, 63, "hidden", 50)):
+        states, index, weights = inputs(generator, layer, 2, "one without tokens")
+        states[:, 5] = 300
+        agree(layer, (states, index, weights))
+        assert not routed_experts(torch.zeros_like(states), index, weights, *layer, gated).any()
+        tiny = routed_experts(states * 1e-30, index, weights, *layer, gated)
+        assert tiny.isfinite().all()
+
+
+def test_what_is_not_finite_stays_so(backend: str) -> None:
+    generator = Generator().manual_seed(0)
+    for layer, value in product((moebius_layer(generator, 65, 31, 63, 2), mobie_layer(generator, 65, 31, "hidden", 2)), "ni"):
+        states, index, weights = inputs(generator, layer, 2, "all on one")
+        states[1, 7] = torch.nan if value == "n" else torch.inf
+        got = routed_experts(states, index, weights, *layer, gated)
+        assert got[0].isfinite().all() and not got[1].isfinite().any()
+
+
+@needs_build
+def test_levels_give_the_same_bits() -> None:
+    generator = Generator().manual_seed(0)
+    before = cpu.level()
+    for layer in (moebius_layer(generator, 1000, 65, 331, 4), mobie_layer(generator, 1000, 65, "output", 50)):
+        states, index, weights = inputs(generator, layer, 3, "padding")
+        results = []
+        for name in cpu.levels():
+            cpu.use_level(name)
+            results.append(cpu.prepare(*layer)(states, index, weights, gated))
+        cpu.use_level(before)
+        assert all(torch.equal(result, results[0]) for result in results)
+
+
+@needs_build
+def test_threads_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = Generator().manual_seed(0)
+    layer = moebius_layer(generator, 1000, 1000, 1000, 2)
+    states, index, weights = inputs(generator, layer, 3, "one without tokens")
+    experts, results = cpu.prepare(*layer), []
+    for count in (1, 2, 5, 2, 1):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
+        results += [experts(states, index, weights, gated) for _ in range(10)]
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+# Sums of integers
+
+
+@pytest.fixture(params=cpu.levels() or [pytest.param("none", marks=needs_build)])
+def level(request: pytest.FixtureRequest) -> Any:
+    return cpu._cpu.level(request.param)
+
+
+@pytest.mark.parametrize("width", [*SIZES, 64, 128, 2048])
+@pytest.mark.parametrize("rows", [1, 15, 17, 33])
+def test_sums_over_signs_are_exact(width: int, rows: int, level: Any) -> None:
+    generator = Generator().manual_seed(width + rows)
+    positive = bits(generator, rows, width)
+    packed, started = pack(positive, 1), torch.randint(-99, 99, (2048,), generator=generator).int()
+    across = torch.randint(-990, 991, (rows,), generator=generator).to(torch.int16)
+    sums = started.clone()
+    level.add_signs(packed.data_ptr(), packed.shape[1], rows, across.data_ptr(), width, sums.data_ptr())
+    wanted = started.long()
+    wanted[:width] += (across.long().unsqueeze(1) * positive).sum(0)
+    assert torch.equal(sums.long(), wanted)
+
+    along = torch.zeros(-(-width // 64) * 64, dtype=torch.int16)
+    along[:width] = torch.randint(-250, 251, (width,), generator=generator)
+    sums = started.clone()
+    level.dot_signs(packed.data_ptr(), packed.shape[1], rows, along.data_ptr(), width, sums.data_ptr())
+    wanted = started.long()
+    wanted[:rows] += (along[:width].long() * positive).sum(1)
+    assert torch.equal(sums.long(), wanted)
+
+
+@pytest.mark.parametrize("width", [*SIZES, 64, 128, 2100])
+@pytest.mark.parametrize("grade", range(1, 9))
+@pytest.mark.parametrize("rows", [1, 7, 37])
+def test_sums_over_codes_are_exact(width: int, grade: int, rows: int, level: Any) -> None:
+    generator = Generator().manual_seed(width + rows)
+    codes = torch.randint(0, 2**grade, (rows, width), generator=generator)
+    packed = pack(codes, grade)
+    where = packed.data_ptr(), packed.shape[1], grade, rows
+    along = torch.zeros(-(-width // 64) * 64, dtype=torch.int16)
+    along[:width] = torch.randint(-8191, 8192, (width,), generator=generator)
+    sums = torch.full((rows + 3,), 77, dtype=torch.int32)
+    level.dot_codes(*where, along.data_ptr(), width, sums.data_ptr())
+    assert torch.equal(sums[:rows].long(), (codes * along[:width].long()).sum(1)) and (sums[rows:] == 77).all()
+
+    across = torch.randint(-8191, 8192, (rows,), generator=generator).to(torch.int16)
+    for first in range(0, width, 64):
+        lanes = min(100, width - first)
+        sums = torch.full((lanes + 3,), 77, dtype=torch.int32)
+        level.add_codes(*where, across.data_ptr(), first, lanes, sums.data_ptr())
+        wanted = 77 + (codes[:, first : first + lanes] * across.long().unsqueeze(1)).sum(0)
+        assert torch.equal(sums[:lanes].long(), wanted) and (sums[lanes:] == 77).all()
+
+
+@pytest.fixture
+def edge() -> Iterator[Callable[[Tensor], int]]:
+    """Puts bytes right before memory that may not be read: whoever reads beyond their end crashes."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("mprotect is called as Linux has it")
+    page, pages = mmap.PAGESIZE, 64
+    memory = mmap.mmap(-1, page * pages)
+    view = ctypes.c_char.from_buffer(memory)
+    end = ctypes.addressof(view) + page * (pages - 1)
+    libc = ctypes.CDLL(None)
+    assert libc.mprotect(ctypes.c_void_p(end), page, 0) == 0
+
+    def place(data: Tensor) -> int:
+        ctypes.memmove(end - data.numel(), data.data_ptr(), data.numel())
+        return end - data.numel()
+
+    yield place
+    libc.mprotect(ctypes.c_void_p(end), page, mmap.PROT_READ | mmap.PROT_WRITE)
+    del view
+    memory.close()
+
+
+@pytest.mark.parametrize("width", SIZES)
+@pytest.mark.parametrize("rows", [1, 5, 16, 20])
+def test_nothing_is_read_beyond_the_end(width: int, rows: int, level: Any, edge: Callable[[Tensor], int]) -> None:
+    generator = Generator().manual_seed(width + rows)
+    values = torch.full((-(-width // 64) * 64,), 3, dtype=torch.int16)
+    values[width:] = 0
+    positive = bits(generator, rows, width)
+    packed, sums = pack(positive, 1), torch.zeros(max(rows, width), dtype=torch.int32)
+    at = edge(packed), packed.shape[1]
+    across = torch.full((rows,), 3, dtype=torch.int16)
+    level.dot_signs(*at, rows, values.data_ptr(), width, sums.data_ptr())
+    assert torch.equal(sums[:rows], 3 * positive.sum(1).int())
+    sums.zero_()
+    level.add_signs(*at, rows, across.data_ptr(), width, sums.data_ptr())
+    assert torch.equal(sums[:width], 3 * positive.sum(0).int())
+    for grade in (3, 5, 6, 8):
+        codes = torch.randint(0, 2**grade, (rows, width), generator=generator)
+        packed = pack(codes, grade)
+        at = edge(packed), packed.shape[1]
+        level.dot_codes(*at, grade, rows, values.data_ptr(), width, sums.data_ptr())
+        assert torch.equal(sums[:rows], 3 * codes.sum(1).int())
+        sums.zero_()
+        level.add_codes(*at, grade, rows, across.data_ptr(), 0, width, sums.data_ptr())
+        assert torch.equal(sums[:width], 3 * codes.sum(0).int())
+
+
+@pytest.mark.parametrize("width", SIZES)
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_unpacking_is_exact_but_for_bf16(width: int, side: str, backend: str) -> None:
+    generator = Generator().manual_seed(width)
+    for packed in (
+        graded(generator, side, 41, width),
+        planes(generator, side, 41, width, 4),
+        signs(generator, width, width, 0),
+    ):
+        kernel = cpu._kernel(packed)
+        identity = torch.eye(packed.columns)
+        for matrix in range(min(2, packed.batch)):
+            wanted = packed.unpack(torch.tensor([matrix]))[0]
+            got = kernel.dense(matrix, identity, torch.float32).mT
+            within = 2**-8 if isinstance(packed, Planes) else 1e-6
+            assert ((got - wanted).abs() <= within * wanted.abs()).all()
+
+
+# The tests themselves
+
+
+def flipped(packed: Packed) -> Packed:
+    """One sign of the first matrix is another."""
+    assert isinstance(packed, Planes) and packed.signs is not None
+    changed = packed.signs.clone()
+    changed[0, 0] ^= 1
+    return packed.replace(signs=changed)
+
+
+def test_mistakes_are_seen() -> None:
+    generator = Generator().manual_seed(0)
+    gate_up, down = moebius_layer(generator, 65, 31, 63, 2)
+    given = inputs(generator, (gate_up, down), 3, "all on one")
+    given[1][:] = 0
+    wanted = reference.routed_experts(*given, gate_up, down, gated)
+    assert disagreement(wanted, wanted) is None
+    assert disagreement(wanted * 1.01, wanted) is not None
+    for layer in (
+        (PackedProjection(flipped(gate_up.factor), right=gate_up.right), down),
+        (gate_up, PackedProjection(flipped(down.factor), left=down.left)),
+    ):
+        assert disagreement(reference.routed_experts(*given, *layer, gated), wanted) is not None
+    unwritten = wanted.clone()
+    unwritten[1] = torch.nan
+    assert disagreement(unwritten, wanted) is not None
+    unwritten[1] = 0
+    assert disagreement(unwritten, wanted) is not None
+
+
+# Damage, and what was picked
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="there is no C++ compiler")
+def test_kernels_are_compiled_where_there_is_a_compiler() -> None:
+    """A build that fails leaves a package that works, and skips most of the tests above: that must not go unseen."""
+    assert "scalar" in cpu.levels()
+
+
+@needs_build
+def test_damaged_widths_are_refused() -> None:
+    gate_up, down = moebius_layer(Generator().manual_seed(0), 65, 31, 63, 2)
+    assert isinstance(gate_up.factor, Planes) and gate_up.factor.widths is not None
+    for place, value in (((0, 0), 62), ((2, 0), 6000), ((2, 1), -5)):
+        widths = gate_up.factor.widths.clone()
+        widths[place] = value
+        with pytest.raises(CheckpointError, match="damaged"):
+            cpu.prepare(PackedProjection(gate_up.factor.replace(widths=widths), right=gate_up.right), down)
+
+
+def test_a_kernel_can_be_forced(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    generator = Generator().manual_seed(0)
+    layer = moebius_layer(generator, 65, 31, 63, 2)
+    given = inputs(generator, layer, 3, "all on one")
+    wanted = reference.routed_experts(*given, *layer, gated)
+    dispatch._tell_once.cache_clear()
+    monkeypatch.setenv("MOEBIUS_KERNEL", "reference")
+    with caplog.at_level("INFO", "moebius.kernels"):
+        for _ in range(2):
+            assert torch.equal(routed_experts(*given, *layer, gated), wanted)
+    assert [record.message for record in caplog.records] == [
+        "experts of planes and planes: reference kernels, because MOEBIUS_KERNEL asks for it"
+    ]
+    monkeypatch.setenv("MOEBIUS_KERNEL", "magic")
+    with pytest.raises(KernelError, match="'magic', wanted one of triton, cpu, reference"):
+        routed_experts(*given, *layer, gated)
+    monkeypatch.setenv("MOEBIUS_KERNEL", "cpu")
+    plain = PackedProjection(integers(generator, 62, 65))
+    with pytest.raises(KernelError, match="gate_up is stored as integers, wanted planes or signs"):
+        dispatch.prepare(plain, layer[1], gated)
+
+
+def test_without_a_build_the_reference_runs(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    generator = Generator().manual_seed(0)
+    layer = moebius_layer(generator, 65, 31, 63, 2)
+    given = inputs(generator, layer, 3, "all on one")
+    monkeypatch.delenv("MOEBIUS_KERNEL", raising=False)
+    monkeypatch.setattr(cpu, "_cpu", None)
+    monkeypatch.setattr(cpu, "_MISSING", "the compiled kernels are not there", raising=False)
+    dispatch._tell_once.cache_clear()
+    with caplog.at_level("INFO", "moebius.kernels"):
+        got = routed_experts(*given, *layer, gated)
+    assert torch.equal(got, reference.routed_experts(*given, *layer, gated))
+    assert "the compiled kernels are not there" in caplog.text
+    monkeypatch.setenv("MOEBIUS_KERNEL", "cpu")
+    with pytest.raises(KernelError, match="the compiled kernels are not there"):
+        routed_experts(*given, *layer, gated)
