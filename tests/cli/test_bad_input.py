@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from moebius.cli.app import app
 from moebius.errors import CheckpointError, MoebiusError
+from moebius.recipe import METHOD_OPTIONS
 
 SMALL = ["--windows", "4", "--window-length", "32", "--quiet"]
 
@@ -64,13 +65,17 @@ def refused(*arguments: str | Path, exit_code: int = 2) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "mobi"], "no method named 'mobi'; known: mobie, rtn, gptq (did you mean 'mobie'?)"),
-        (["--set", "gian=true"], "method 'mobie' has no option 'gian'"),
+        (
+            ["--method", "mobi"],
+            f"no method named 'mobi'; known: {', '.join(METHOD_OPTIONS)} (did you mean 'mobie'?)",
+        ),
+        (["--set", "gian=true"], "method 'moebius' has no option 'gian'"),
         (["--method", "rtn", "--set", "side=input"], "method 'rtn' has no option 'side'"),
-        (["--set", "side=left"], "option side: got 'left', wanted one of output, input, hidden"),
+        (["--method", "mobie", "--set", "side=left"], "option side: got 'left', wanted one of output, input, hidden"),
         (["--set", "gain=maybe"], "option gain: got 'maybe', wanted true or false"),
         (["--set", "gain"], "wanted KEY=VALUE"),
-        (["--bits", "0"], "method 'mobie': got 0 bits, wanted 1"),
+        (["--bits", "0"], "method 'moebius': got 0 bits, wanted a number from 0.3 to 4"),
+        (["--method", "mobie", "--bits", "2"], "method 'mobie': got 2 bits, wanted 1"),
         (["--method", "gptq", "--bits", "2.5"], "got 2.5 bits, wanted a whole number from 1 to 8"),
         (["--method", "rtn", "--bits", "9"], "got 9 bits"),
         (["--calibration", "nowhere.txt"], "nowhere.txt: no such file"),
@@ -229,7 +234,7 @@ def test_a_full_disk(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatc
 def test_interrupted_run_says_how_to_go_on(tmp_path: Path, model: Path) -> None:
     command = [sys.executable, "-m", "moebius.cli", "quantize", str(model), "--out", str(tmp_path / "out")]
     # Far more calibration than a second's worth, so that the signal finds it at work.
-    command += ["--windows", "2000", "--window-length", "128", "--set", "glas_groups=8"]
+    command += ["--windows", "2000", "--window-length", "128", "--method", "mobie", "--set", "glas_groups=8"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     time.sleep(0.5)

@@ -206,13 +206,13 @@ def test_plan_counts_memory_by_what_the_method_needs(model: Path) -> None:
 def test_plan_as_a_program_prints_json_alone(model: Path) -> None:
     command = [sys.executable, "-m", "moebius.cli", "plan", str(model), "--json"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert json.loads(shown.stdout)["recipe"]["method"] == "mobie"
+    assert json.loads(shown.stdout)["recipe"]["method"] == "moebius"
     assert shown.stderr == ""
 
 
 # --- compare --------------------------------------------------------------------------------------------------------------
 
-COMPARE = ["--recipe", "rtn@8", "--recipe", "rtn@2 gain=true", "--text-windows", "3", "--samples", "1"]
+COMPARE = ["--recipe", "rtn@8", "--recipe", "rtn@2 gain=true windows=3", "--text-windows", "3", "--samples", "1"]
 
 
 def test_compare(model: Path, tmp_path: Path, text: Path, calibration: list[str]) -> None:
@@ -224,10 +224,11 @@ def test_compare(model: Path, tmp_path: Path, text: Path, calibration: list[str]
     assert good["kl"] < bad["kl"] and good["top1_agreement"] > bad["top1_agreement"]
     assert good["mean_routing_similarity"] > bad["mean_routing_similarity"]
     assert good["bits_per_expert_weight"] > 8 > bad["bits_per_expert_weight"] > 2
-    assert good["seconds"] > 0
+    assert good["seconds"] > 0 and 1e8 < good["peak_memory_bytes"] < 1e11
+    assert good["calibration"]["windows"] == 4 and bad["calibration"]["windows"] == 3
     assert all(len(row["completions"]) == 1 for row in results["rows"])
     assert (out / "comparison.png").read_bytes()[:4] == b"\x89PNG"
-    assert "| rtn@2 gain=true |" in (out / "comparison.md").read_text()
+    assert "| rtn@2 gain=true windows=3 |" in (out / "comparison.md").read_text()
     assert str(tmp_path) not in (out / "results.json").read_text() + (out / "comparison.md").read_text()
     windows = ["--text", text, "--windows", "3", "--window-length", "32"]
     alone = run_json("evaluate", out / bad["folder"], "--reference", model, *windows)
@@ -262,9 +263,9 @@ def test_a_stopped_comparison_goes_on(
     other = CliRunner().invoke(app, [*command, "--seed", "1"])
     assert other.exit_code == 2 and "other settings" in other.stderr
     finished = run(*command)
-    assert done == ["rtn-8", "rtn-2-gain-true", "rtn-2-gain-true"]
+    assert done == ["rtn-8", "rtn-2-gain-true-windows-3", "rtn-2-gain-true-windows-3"]
     assert len(measured) == 3, "the original and both recipes, each once"
-    assert "rtn@2 gain=true" in finished.stdout and "After 'def read_lines" in finished.stdout
+    assert "rtn@2 gain=true windows=3" in finished.stdout and "After 'def read_lines" in finished.stdout
 
 
 # --- the program ----------------------------------------------------------------------------------------------------------

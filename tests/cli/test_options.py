@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from moebius.cli.compare import PRESETS, chosen_recipes
 from moebius.cli.options import (
     calibration_from,
+    candidate_from_text,
     model_or_reference,
     options_help,
     parse_settings,
@@ -17,7 +19,9 @@ from moebius.cli.options import (
     require_free,
 )
 from moebius.errors import CalibrationError, ModelNotFoundError, OutputError, RecipeError, UnknownNameError
-from moebius.recipe import METHOD_OPTIONS, Recipe
+from moebius.recipe import METHOD_OPTIONS, CalibrationSettings, Recipe
+
+SEEN = CalibrationSettings()
 
 
 def test_settings() -> None:
@@ -39,21 +43,38 @@ def test_recipes_as_text() -> None:
 
 
 def test_presets_are_the_promised_rows() -> None:
-    demo = chosen_recipes([], None)
-    assert demo == chosen_recipes([], "demo")
-    assert list(demo) == ["rtn@1", "gptq@2", "mobie", "mobie gain=true"]
-    ablation = chosen_recipes([], "ablation")
-    parts = [(recipe.cejd, recipe.glas, recipe.nges) for recipe in ablation.values()]
+    demo = chosen_recipes([], None, SEEN)
+    assert demo == chosen_recipes([], "demo", SEEN)
+    assert list(demo) == ["rtn@1", "gptq@2", "mobie", "mobie gain=true", "moebius"]
+    ablation = [recipe for recipe, _ in chosen_recipes([], "ablation", SEEN).values()]
+    parts = [(recipe.cejd, recipe.glas, recipe.nges) for recipe in ablation]
     none, c, g, n = (False,) * 3, (True, False, False), (False, True, False), (False, False, True)
     assert parts == [none, c, g, n, (True, True, False), (True, True, True)]
-    assert PRESETS.keys() == {"demo", "ablation"}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_valid(preset: str) -> None:
+    candidates = list(chosen_recipes([], preset, SEEN).values())
+    assert len(candidates) > 2
+    assert all(one != other for one, other in itertools.combinations(candidates, 2)), "two labels for the same run"
+
+
+def test_a_recipe_has_a_calibration_of_its_own_if_it_says_so() -> None:
+    recipe, seen = candidate_from_text("rtn@2 windows=16 gain=true seed=3", SEEN)
+    assert recipe == Recipe.make("rtn", 2, gain=True)
+    assert seen == CalibrationSettings(windows=16, seed=3)
+    assert candidate_from_text("rtn@2 gain=true", SEEN) == (recipe, SEEN)
+    with pytest.raises(RecipeError, match="whole numbers"):
+        candidate_from_text("rtn@2 windows=few", SEEN)
+    with pytest.raises(CalibrationError, match="no such file"):
+        candidate_from_text("rtn@2 calibration=nowhere.txt", SEEN)
 
 
 def test_recipes_are_added_to_a_preset_and_given_once() -> None:
-    assert list(chosen_recipes(["rtn@4"], None)) == ["rtn@4"]
-    assert list(chosen_recipes(["rtn@4"], "demo"))[-1] == "rtn@4"
+    assert list(chosen_recipes(["rtn@4"], None, SEEN)) == ["rtn@4"]
+    assert list(chosen_recipes(["rtn@4"], "demo", SEEN))[-1] == "rtn@4"
     with pytest.raises(RecipeError, match="twice"):
-        chosen_recipes(["rtn@4", " rtn@4"], None)
+        chosen_recipes(["rtn@4", " rtn@4"], None, SEEN)
 
 
 def test_output_folder(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from moebius.correct.gain import row_gain
 from moebius.correct.null_space import null_space_scales
-from moebius.linalg.eigen import null_space_projector
+from moebius.linalg.eigen import used_directions
 from moebius.quantize.binary import mixed_order
 from moebius.quantize.integers import round_to_nearest
 
@@ -32,10 +32,11 @@ def objective(weight, approximation, projector, rows, columns, pull):  # Eq. 50
 def test_null_space_scaling_never_raises_its_objective(rows: int, columns: int, tokens: int, pull: float, seed: int) -> None:
     weight, x = randn(2, rows, columns, seed=seed).double(), randn(2, tokens, columns, seed=seed + 1).double()
     approximation = mixed_order(weight, torch.zeros(2, columns, dtype=torch.bool), 3).matrix()
-    projector = null_space_projector(x.mT @ x, 1e-3).double()
+    used = used_directions(x.mT @ x, 1e-3).double()
+    projector = torch.eye(columns) - used @ used.mT
     last = objective(weight, approximation, projector, *(torch.ones(2, n).double() for n in (rows, columns)), pull)
     for iterations in range(1, 6):
-        scales = null_space_scales(weight, approximation, projector, pull=pull, iterations=iterations)
+        scales = null_space_scales(weight, approximation, used, pull=pull, iterations=iterations)
         now = objective(weight, approximation, projector, *scales, pull)
         assert (now <= last + 1e-8).all()
         last = now
@@ -43,8 +44,9 @@ def test_null_space_scaling_never_raises_its_objective(rows: int, columns: int, 
 
 def test_null_space_scales_are_stationary() -> None:
     weight, x = randn(1, 5, 6, seed=0).double(), randn(1, 4, 6, seed=1).double()
-    approximation, projector = weight.sign() * 0.7, null_space_projector(x.mT @ x, 1e-3).double()
-    rows, columns = null_space_scales(weight, approximation, projector, pull=0.2, iterations=500)
+    approximation, used = weight.sign() * 0.7, used_directions(x.mT @ x, 1e-3).double()
+    projector = torch.eye(6) - used @ used.mT
+    rows, columns = null_space_scales(weight, approximation, used, pull=0.2, iterations=500)
     rows.requires_grad_(True)
     columns.requires_grad_(True)
     objective(weight, approximation, projector, rows, columns, 0.2).sum().backward()
@@ -54,10 +56,10 @@ def test_null_space_scales_are_stationary() -> None:
 
 def test_nothing_moves_where_every_direction_is_unused_or_the_pull_is_strong() -> None:
     weight = randn(2, 4, 5, seed=2)
-    everything = torch.eye(5).expand(2, 5, 5)
+    nothing, everything = torch.zeros(2, 5, 0), torch.eye(5).expand(2, 5, 5)
     for scales in (
-        null_space_scales(weight, weight.sign(), everything, pull=0.2, iterations=15),
-        null_space_scales(weight, weight.sign(), 0 * everything, pull=1e9, iterations=15),
+        null_space_scales(weight, weight.sign(), nothing, pull=0.2, iterations=15),
+        null_space_scales(weight, weight.sign(), everything, pull=1e9, iterations=15),
     ):
         for scale in scales:
             assert torch.allclose(scale, torch.ones_like(scale), atol=1e-5)

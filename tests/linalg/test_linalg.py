@@ -2,8 +2,16 @@ from __future__ import annotations
 
 import torch
 
-from moebius.linalg.eigen import descending_eigh, null_space_projector
-from moebius.linalg.hessian import conditioned, feedback_factor, inverse_diagonal, layer_mean
+from moebius.linalg.eigen import descending_eigh, used_directions
+from moebius.linalg.hessian import (
+    conditioned,
+    feedback_factor,
+    feedback_weights,
+    inverse_diagonal,
+    layer_mean,
+    solve_unit_upper,
+    unit_upper,
+)
 
 
 def moments(experts: int, inputs: int, tokens: int, seed: int = 0) -> torch.Tensor:
@@ -22,11 +30,21 @@ def test_eigenvectors_rebuild_the_matrix_largest_first() -> None:
 
 def test_the_null_space_holds_what_no_token_used() -> None:
     x = torch.randn(2, 4, 9)  # 4 tokens, 9 inputs: 5 directions unused
-    projector = null_space_projector(x.mT @ x, 1e-6)
-    assert torch.allclose(projector @ projector, projector, atol=1e-5)
-    assert torch.allclose(projector.diagonal(dim1=1, dim2=2).sum(1), torch.tensor([5.0, 5.0]), atol=1e-4)
-    assert (x @ projector).abs().max() < 1e-5
-    assert torch.allclose(null_space_projector(torch.zeros(3, 3), 1e-3), torch.eye(3))
+    x[1, 3] = 0  # and 6
+    used = used_directions(x.mT @ x, 1e-6)
+    assert used.shape == (2, 9, 4)
+    there = used.norm(dim=1) > 0.5
+    assert there.sum(1).tolist() == [4, 3]
+    assert torch.allclose(used.mT @ used, torch.diag_embed(there.float()), atol=1e-5)
+    assert torch.allclose((x @ used) @ used.mT, x, atol=1e-4)
+    assert used_directions(torch.zeros(2, 3, 3), 1e-3).shape == (2, 3, 0)
+
+
+def test_only_eigenvalues_above_the_threshold_count() -> None:
+    vectors = torch.linalg.qr(torch.randn(6, 6)).Q
+    moment = (vectors * torch.tensor([100.0, 50, 2, 0.9, 0.5, 0])) @ vectors.mT
+    used = used_directions(moment.unsqueeze(0), 1e-2)[0]
+    assert torch.allclose(used @ used.mT, vectors[:, :3] @ vectors[:, :3].mT, atol=1e-5)
 
 
 def test_conditioned_hessians_lean_on_the_layer_and_are_damped() -> None:
@@ -55,7 +73,21 @@ def test_a_layer_without_tokens_gets_identities() -> None:
 def test_inverse_and_its_factor() -> None:
     hessians = conditioned(moments(2, 6, 20), lean=0.1, damping=0.01)
     inverse = torch.linalg.inv(hessians)
-    assert torch.allclose(inverse_diagonal(hessians), inverse.diagonal(dim1=1, dim2=2))
+    assert torch.allclose(inverse_diagonal(hessians), inverse.diagonal(dim1=1, dim2=2).float(), rtol=1e-4)
     factor = feedback_factor(hessians)
     assert torch.equal(factor, factor.triu())
     assert torch.allclose(factor.mT @ factor, inverse.float(), rtol=1e-4)
+    weights = feedback_weights(hessians).double()
+    assert torch.equal(weights, weights.triu()) and (weights.diagonal(dim1=1, dim2=2) == 1).all()
+    back = torch.linalg.solve_triangular(weights, hessians, upper=True)  # D Vᵀ
+    assert torch.allclose(back, back.tril(), atol=1e-4)
+    upper, roots = unit_upper(hessians)
+    wanted = torch.randn(2, 6, 3)
+    assert torch.allclose(solve_unit_upper(upper, roots, wanted), inverse.float() @ wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_large_triangles_are_inverted_in_halves() -> None:
+    hessians = conditioned(moments(2, 150, 300), lean=0.1, damping=0.01)
+    inverse, factor = torch.linalg.inv(hessians).float(), feedback_factor(hessians)
+    assert torch.allclose(inverse_diagonal(hessians), inverse.diagonal(dim1=1, dim2=2), rtol=1e-3)
+    assert (factor.mT @ factor - inverse).norm() < 1e-4 * inverse.norm()

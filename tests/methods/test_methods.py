@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moebius.formats import PackedProjection
-from moebius.linalg.eigen import null_space_projector
+from moebius.linalg.eigen import used_directions
 from moebius.methods import METHODS, base, mobie
 from moebius.methods.linear import plan_linear, quantize_linear
 from moebius.methods.router import plan_router, quantize_router
@@ -68,6 +68,14 @@ def recipes() -> list[Recipe]:
         Recipe.make("mobie", glas_groups=4, salient_fraction=0.2),
         *(Recipe.make(name, bits, gain=gain) for name in ("rtn", "gptq") for bits in range(1, 9) for gain in (True, False)),
         *(Recipe.make(name, 2, group_size=size) for name in ("rtn", "gptq") for size in (0, 16)),
+        *(
+            Recipe.make(name, glas=glas, nges=nges, gain=gain, group_size=16)
+            for name in ("billm", "arb")
+            for glas, nges, gain in itertools.product([True, False], repeat=3)
+        ),
+        *(Recipe.make("gptvq", bits, error_feedback=feedback) for bits in (1, 1.5, 2) for feedback in (True, False)),
+        *(Recipe.make("kbvq", bcos=mode) for mode in ("off", "mean", "variance", "mean_variance", "regression")),
+        *(Recipe.make("kbvq", 1, idre=idre, klt=klt, rank_share=0.1) for idre in (True, False) for klt in (True, False)),
     ]
 
 
@@ -227,6 +235,6 @@ def test_the_router_is_binarized_and_held_in_place() -> None:
     assert plan_router((8, 24), recipe).spec() == packed.spec()
     assert packed.stored_bits() == 8 * 24 + 16 * (8 + 24)
     # In the directions that inputs use, the scaled router errs less than the one without null-space scaling.
-    used = torch.eye(24) - null_space_projector(x.T @ x, recipe.null_space_threshold)
+    used = used_directions((x.T @ x).unsqueeze(0), recipe.null_space_threshold)
     plain = mixed_order(weight.unsqueeze(0), torch.zeros(1, 24, dtype=torch.bool), recipe.alternations).matrix()
     assert ((packed.unpack() - weight) @ used).norm() < ((plain - weight) @ used).norm()

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moebius.linalg.hessian import conditioned, feedback_factor
+from moebius.linalg.hessian import conditioned, feedback_weights
 from moebius.quantize.binary import mixed_order, rank_one_scales, signs
 from moebius.quantize.feedback import mixed_order_with_feedback
 
@@ -67,8 +67,8 @@ def test_planes_pack_to_what_they_stand_for() -> None:
 
 def test_feedback_without_correlation_changes_no_sign() -> None:
     weight, salient = randn(2, 8, 12, seed=11), some_salient(2, 12, 4, seed=12)
-    factor = torch.diag_embed(torch.rand(2, 12) + 0.5)
-    fed = mixed_order_with_feedback(weight, salient, factor, alternations=4, block_size=5)
+    weights = torch.eye(12).expand(2, -1, -1)
+    fed = mixed_order_with_feedback(weight, salient, weights, alternations=4, block_size=5)
     plain = mixed_order(weight, salient, 4)
     assert torch.equal(fed.first, plain.first)
     assert torch.allclose(fed.matrix(), plain.matrix(), atol=1e-2)  # column scales see the final row scales
@@ -78,28 +78,27 @@ def test_feedback_lowers_the_error_of_the_output() -> None:
     weight, salient = randn(4, 32, 32, seed=13), some_salient(4, 32, 8, seed=14)
     x = randn(4, 200, 32, seed=15) @ randn(4, 32, 32, seed=16)
     moments = x.mT @ x
-    factor = feedback_factor(conditioned(moments, lean=0.0, damping=0.01))
+    weights = feedback_weights(conditioned(moments, lean=0.0, damping=0.01))
 
     def output_error(matrix: torch.Tensor) -> torch.Tensor:
         return (((weight - matrix) @ moments) * (weight - matrix)).sum((1, 2))
 
-    fed = mixed_order_with_feedback(weight, salient, factor, alternations=4, block_size=8)
+    fed = mixed_order_with_feedback(weight, salient, weights, alternations=4, block_size=8)
     assert (output_error(fed.matrix()) < 0.9 * output_error(mixed_order(weight, salient, 4).matrix())).all()
 
 
 def test_the_block_size_of_the_feedback_changes_nothing_but_speed() -> None:
     weight, salient = randn(2, 8, 20, seed=17).double(), some_salient(2, 20, 8, seed=18)
     moments = randn(2, 50, 20, seed=19).double()
-    inverse = torch.linalg.inv(moments.mT @ moments)
-    factor = torch.linalg.cholesky(inverse, upper=True)
+    weights = feedback_weights(moments.mT @ moments).double()
     whole, blocks = (
-        mixed_order_with_feedback(weight, salient, factor, alternations=4, block_size=size).matrix() for size in (20, 3)
+        mixed_order_with_feedback(weight, salient, weights, alternations=4, block_size=size).matrix() for size in (20, 3)
     )
     assert torch.allclose(whole, blocks)
 
 
 def test_zero_weights_stay_zero() -> None:
-    weight, factor = torch.zeros(2, 4, 8), torch.eye(8).expand(2, 8, 8)
-    planes = mixed_order_with_feedback(weight, some_salient(2, 8, 8, seed=0), factor, alternations=3, block_size=4)
+    weight, weights = torch.zeros(2, 4, 8), torch.eye(8).expand(2, 8, 8)
+    planes = mixed_order_with_feedback(weight, some_salient(2, 8, 8, seed=0), weights, alternations=3, block_size=4)
     assert not planes.matrix().any()
     assert not mixed_order(weight, some_salient(2, 8, 8, seed=0), 3).matrix().any()

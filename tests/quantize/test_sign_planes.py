@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from moebius.formats.planes import AMPLITUDES, DISTORTION
-from moebius.linalg.hessian import feedback_factor
-from moebius.quantize.feedback import columns_with_feedback
-from moebius.quantize.planes import deviations, feedback_weights, nested_levels, over_directions, over_entries, with_feedback
+from moebius.linalg.hessian import feedback_factor, feedback_weights
+from moebius.quantize.feedback import columns_with_feedback, with_all_errors, with_feedback
+from moebius.quantize.planes import PlaneLevels, deviations, nested_levels, over_directions, over_entries
 
 EXPERTS, DIRECTIONS, ENTRIES = 3, 24, 40
 
@@ -60,23 +60,38 @@ def test_deviations_of_a_product_are_found() -> None:
     assert torch.allclose(product, want, rtol=1e-3, atol=1e-6)
 
 
+def quantized(side: str, target: torch.Tensor, moments: torch.Tensor, counts: torch.Tensor, sweeps: int = 0) -> PlaneLevels:
+    if side == "entries":
+        return over_entries(target, moments, counts, sweeps=sweeps, block_size=16)
+    return over_directions(target, moments.float(), feedback_weights(moments), counts, sweeps=sweeps, block_size=16)
+
+
+def output_error(wrong: torch.Tensor, side: str, moments: torch.Tensor) -> float:
+    wrong = (wrong if side == "directions" else wrong.mT).double()
+    return (wrong * (moments @ wrong)).sum().item()
+
+
+@pytest.mark.parametrize("sweeps", [0, 1])
 @pytest.mark.parametrize("planes", AMPLITUDES)
-@pytest.mark.parametrize("quantize", [over_directions, over_entries])
-def test_white_gaussians_err_by_the_distortion(planes: int, quantize: object) -> None:
+@pytest.mark.parametrize("side", ["directions", "entries"])
+def test_white_gaussians_err_by_the_distortion(planes: int, side: str, sweeps: int) -> None:
     target = randn(2, 128, 256, seed=7)
-    size = 128 if quantize is over_directions else 256
-    identity = torch.eye(size, dtype=torch.float64).expand(2, -1, -1)
-    got = quantize(target, identity, torch.full((2, 128), planes), 32)  # type: ignore[operator]
+    identity = torch.eye(128 if side == "directions" else 256, dtype=torch.float64).expand(2, -1, -1)
+    got = quantized(side, target, identity, torch.full((2, 128), planes), sweeps)
     error = (got.factor() - target).square().mean() / target.square().mean()
-    assert error.item() == pytest.approx(DISTORTION[planes], rel=0.06)
+    # A sweep fits levels to the scales of the rows, and errs a little less than the levels of a Gaussian do.
+    assert 0.9 * DISTORTION[planes] < error.item() < 1.06 * DISTORTION[planes]
 
 
-@pytest.mark.parametrize("quantize", [over_directions, over_entries])
-def test_planes_follow_their_counts(quantize: object) -> None:
+@pytest.mark.parametrize("side", ["directions", "entries"])
+def test_planes_follow_their_counts(side: str) -> None:
     target = randn(EXPERTS, DIRECTIONS, ENTRIES, seed=8)
-    moments = hessian(DIRECTIONS if quantize is over_directions else ENTRIES)
     counts = (torch.arange(DIRECTIONS) < torch.tensor([[[20], [12], [3]], [[0], [0], [0]], [[24], [24], [24]]])).sum(1)
-    got = quantize(target, moments, counts, 16)  # type: ignore[operator]
+    moments = hessian(DIRECTIONS if side == "directions" else ENTRIES)
+    if side == "directions":
+        live = (counts > 0).double()
+        moments = moments * live.unsqueeze(2) * live.unsqueeze(1) + torch.diag_embed(1 - live)
+    got = quantized(side, target, moments, counts, sweeps=1)
     factor = got.factor()
     assert not factor[counts == 0].any() and factor[counts > 0].any(1).all()
     assert (got.entry_scales[0] > 0).all()
@@ -89,13 +104,27 @@ def test_planes_follow_their_counts(quantize: object) -> None:
     assert (fine - factor).norm() < 0.02 * factor.norm() < (coarse - factor).norm() + 0.02 * factor.norm()
 
 
-def test_feedback_over_directions_lowers_the_error_it_is_for() -> None:
-    target, moments = randn(EXPERTS, DIRECTIONS, ENTRIES, seed=9), hessian(DIRECTIONS)
+@pytest.mark.parametrize("side", ["directions", "entries"])
+def test_feedback_lowers_the_error_it_is_for_and_sweeps_lower_it_further(side: str) -> None:
+    target = randn(EXPERTS, DIRECTIONS, ENTRIES, seed=9)
+    moments = hessian(DIRECTIONS if side == "directions" else ENTRIES)
+    identity = torch.eye(moments.shape[-1], dtype=torch.float64).expand_as(moments)
     counts = torch.ones(EXPERTS, DIRECTIONS, dtype=torch.int64)
-    identity = torch.eye(DIRECTIONS, dtype=torch.float64).expand(EXPERTS, -1, -1)
 
-    def error(used: torch.Tensor) -> float:
-        wrong = (target - over_directions(target, used, counts, 8).factor()).double()
-        return (wrong * (moments @ wrong)).sum().item()
+    def error(used: torch.Tensor, sweeps: int = 0) -> float:
+        return output_error(target - quantized(side, target, used, counts, sweeps).factor(), side, moments)
 
-    assert error(moments) < 0.8 * error(identity)
+    assert error(moments) < 0.99 * error(identity)
+    assert error(moments, 3) < error(moments, 1) < 0.98 * error(moments)
+
+
+def test_a_sweep_is_coordinate_descent() -> None:
+    """With nothing to round, one pass over each step in turn is Gauss-Seidel: the error never rises, and reaches zero."""
+    target, moments = randn(EXPERTS, DIRECTIONS, ENTRIES, seed=10), hessian(DIRECTIONS)
+    current = torch.zeros_like(target)
+    errors = [output_error(target - current, "directions", moments)]
+    for _ in range(200):
+        with_all_errors(target, current, moments.float(), 7, lambda step, values: values)
+        errors.append(output_error(target - current, "directions", moments))
+    assert all(now <= last * (1 + 1e-6) + 1e-6 for last, now in itertools.pairwise(errors))
+    assert errors[1] < 0.9 * errors[0] and errors[-1] < 1e-2 * errors[0]

@@ -21,6 +21,7 @@ PACKED = ComparisonRow(
     top1_agreement=0.701,
     routing_similarity=[0.9, 0.8],
     seconds=31.26,
+    peak_memory_bytes=812_000_000,
     completions=["y = 2"],
 )
 
@@ -28,9 +29,9 @@ PACKED = ComparisonRow(
 def test_markdown_has_a_row_per_row_and_keeps_pipes_inside_cells() -> None:
     lines = comparison_table([ORIGINAL, PACKED]).markdown().splitlines()
     assert len(lines) == 4
-    assert lines[1] == "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
-    assert lines[2] == "| original | 16.00 | 20.0 MB | 21.30 | – | – | – | – |"
-    assert lines[3] == "| mobie [gain\\|true] | 1.77 | 3.46 MB | 28.75 | 0.1235 | 70.1 % | 0.8500 | 31.3 |"
+    assert lines[1] == "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
+    assert lines[2] == "| original | 16.00 | 20.0 MB | 21.30 | – | – | – | – | – |"
+    assert lines[3] == "| mobie [gain\\|true] | 1.77 | 3.46 MB | 28.75 | 0.1235 | 70.1 % | 0.8500 | 31.3 | 812 MB |"
 
 
 def test_terminal_shows_every_cell_and_takes_brackets_as_text() -> None:

@@ -93,6 +93,10 @@ class _LeftEarly(Exception):  # noqa: N818, it is no error
         self.hidden = hidden
 
 
+#: More hidden states than this are better off on disk: 4 GiB.
+STATES_IN_MEMORY = 4 << 30
+
+
 class HiddenStates:
     """Hidden states by boundary and batch, in memory or in files."""
 
@@ -137,6 +141,12 @@ class HiddenStates:
     def _file(self, boundary: str, batch: int) -> Path:
         assert self._folder is not None
         return self._folder / f"{boundary}-{batch}.npy"
+
+
+def states_bytes(moe: MoeModel, tokens: int, *, gradients: bool) -> int:
+    """Bytes of the hidden states that the passes keep at once: of every boundary between layers, or of one layer's two."""
+    boundaries = len(moe.decoder) + 1 if gradients else 2
+    return 4 * boundaries * tokens * moe.model.config.get_text_config().hidden_size
 
 
 @contextmanager

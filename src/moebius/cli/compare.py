@@ -19,9 +19,9 @@ from moebius.cli.options import (
     WindowLength,
     Windows,
     calibration_from,
+    candidate_from_text,
     display_name,
     model_or_reference,
-    recipe_from_text,
     require_device,
     require_free,
 )
@@ -64,9 +64,19 @@ PRESETS = {
         *((f"KLT-SVD, rank in/{share}", f"kbvq@2 rank_share={1 / share}") for share in (256, 64, 32)),
     ],
     "bcos": [(mode, f"kbvq@2 bcos={mode}") for mode in ("off", "mean", "variance", "mean_variance", "regression")],
+    # Figure 9 of MoBiE: how much it needs to see, and how much it matters what.
+    "calibration": [
+        *((f"{windows} windows", f"mobie gain=true windows={windows}") for windows in (8, 16, 32, 64, 128)),
+        *((f"seed {seed}", f"mobie gain=true seed={seed}") for seed in (1, 2, 3)),
+    ],
     "methods": [
         (text, text)
-        for text in ("moebius@1", "mobie", "moebius@2", "bitsmoe@2", "gptq@2", "gptvq@2", "kbvq@2", "arb", "billm", "rtn@2")
+        for text in (
+            *("rtn@1 gain=true", "gptq@1 gain=true", "mobie gain=true", "bitsmoe@1 gain=true"),
+            *("rtn@2 gain=true", "gptq@2", "gptvq@2", "kbvq@2", "bitsmoe@2", "arb gain=true", "billm gain=true"),
+            *("gptq@3", "bitsmoe@3", "kbvq@3"),
+            *(f"moebius@{bits}" for bits in (0.5, 0.75, 1, 1.5, 2, 3)),
+        )
     ],
 }
 
@@ -90,9 +100,14 @@ shared-bits, lambda: the shared factor of mobie at 16, 8 and 4 bit; its null-spa
 
 klt, bcos: the parts of kbvq, with and without the coordinates of the inputs, at several ranks; what BCOS corrects
 
-methods: every method, at one and two bits"""
+calibration: mobie with 8 to 128 windows, and with other seeds
 
-_RECIPE_HELP = 'METHOD or METHOD@BITS, followed by KEY=VALUE words, such as "rtn@1 gain=true". May be repeated.'
+methods: every method at one, two and three bits; moebius at half a bit to three"""
+
+_RECIPE_HELP = (
+    'METHOD or METHOD@BITS, followed by KEY=VALUE words, such as "rtn@1 gain=true". The words calibration, windows,'
+    " window_length and seed give this recipe a calibration of its own. May be repeated."
+)
 
 
 def compare(
@@ -102,7 +117,7 @@ def compare(
         typer.Option("--recipe", "-r", metavar="RECIPE", help=_RECIPE_HELP, show_default=False),
     ] = None,
     preset: Annotated[
-        Literal["demo", "ablation", "plug-and-play", "shared-bits", "lambda", "klt", "bcos", "methods"] | None,
+        Literal["demo", "ablation", "plug-and-play", "shared-bits", "lambda", "klt", "bcos", "calibration", "methods"] | None,
         typer.Option(help="Recipes that go together. Without --recipe: demo.", show_default=False),
     ] = None,
     calibration: Calibration = CalibrationSettings.text,
@@ -122,8 +137,8 @@ def compare(
     Every row is measured on the packed checkpoint as transformers loads it, on held-out windows. The output folder gets
     results.json, comparison.md, comparison.png and the packed checkpoints.
     """
-    recipes = chosen_recipes(recipe or [], preset)
     settings = calibration_from(calibration, windows, window_length, seed)
+    candidates = chosen_recipes(recipe or [], preset, settings)
     held_out = calibration_from(text, text_windows, window_length, seed, split="held-out")
     source = model_or_reference(model)
     require_free(out)
@@ -132,13 +147,14 @@ def compare(
     from moebius.evaluate.samples import PROMPTS
 
     require_device(device)
-    comparison = Comparison(source, recipes, settings, held_out, PROMPTS[:samples], device)
+    comparison = Comparison(source, candidates, held_out, PROMPTS[:samples], device)
     work = WorkFolder(out, {"source": source, **comparison.to_dict()})
     with progress_bars(hidden=quiet) as progress:
         rows = run_comparison(comparison, work, progress)
     comment = (
         f"{held_out.windows * (held_out.window_length - 1):,} held-out tokens of {held_out.text!r};"
         f" calibration on {settings.windows} windows of {settings.window_length} of {settings.text!r}"
+        f"{', unless the recipe says otherwise' if any(own != settings for _, own in candidates.values()) else ''}"
     )
     table = comparison_table(rows, title=display_name(model), note=comment)
     results = {
@@ -155,19 +171,21 @@ def compare(
     note(f"written to {out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
 
 
-def chosen_recipes(texts: list[str], preset: str | None) -> dict[str, Recipe]:
-    """Label to recipe, of the preset first.
+def chosen_recipes(
+    texts: list[str], preset: str | None, calibration: CalibrationSettings
+) -> dict[str, tuple[Recipe, CalibrationSettings]]:
+    """Label to recipe and what it looks at, of the preset first.
 
     Raises:
         RecipeError: two recipes with one label.
     """
     presets = PRESETS[preset or "demo"] if preset or not texts else []
-    recipes: dict[str, Recipe] = {}
+    candidates: dict[str, tuple[Recipe, CalibrationSettings]] = {}
     for label, text in [*presets, *((" ".join(text.split()), text) for text in texts)]:
-        if label in recipes:
+        if label in candidates:
             raise RecipeError(f"recipe {label!r}: got it twice, wanted every recipe once")
-        recipes[label] = recipe_from_text(text)
-    return recipes
+        candidates[label] = candidate_from_text(text, calibration)
+    return candidates
 
 
 def _write(

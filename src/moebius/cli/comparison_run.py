@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from moebius.calibrate.tokens import calibration_windows
 from moebius.cli.loading import load_model, load_tokenizer
 from moebius.errors import OutputError
-from moebius.evaluate.evaluation import Evaluation, evaluate_model
+from moebius.evaluate.evaluation import evaluate_model
 from moebius.evaluate.plan import checkpoint_size
 from moebius.evaluate.samples import complete
 from moebius.evaluate.size import ModelSize, packed_checkpoint_size
@@ -25,6 +26,8 @@ from moebius.recipe import CalibrationSettings, Recipe
 from moebius.report.comparison import ComparisonRow
 
 COMPLETION_TOKENS = 40
+#: Label of the row of the model that everything is compared to.
+ORIGINAL = "original"
 
 
 @dataclass(frozen=True)
@@ -33,16 +36,14 @@ class Comparison:
 
     Attributes:
         source: the original.
-        recipes: label to recipe, in the order of the table.
-        calibration: what the recipes look at.
+        candidates: label to recipe and what it looks at, in the order of the table.
         held_out: what every model is measured on.
         prompts: what every model continues.
         device: where to compute.
     """
 
     source: str
-    recipes: dict[str, Recipe]
-    calibration: CalibrationSettings
+    candidates: Mapping[str, tuple[Recipe, CalibrationSettings]]
     held_out: CalibrationSettings
     prompts: tuple[str, ...]
     device: str
@@ -50,8 +51,10 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """What the rows depend on, ready for JSON; not the source, which may be a path of this machine."""
         return {
-            "recipes": {label: recipe.to_dict() for label, recipe in self.recipes.items()},
-            "calibration": self.calibration.to_dict(),
+            "recipes": {
+                label: {"recipe": recipe.to_dict(), "calibration": calibration.to_dict()}
+                for label, (recipe, calibration) in self.candidates.items()
+            },
             "text": self.held_out.to_dict(),
             "prompts": list(self.prompts),
         }
@@ -68,7 +71,7 @@ class WorkFolder:
         self.out = out
         self.folder = out.parent / f".{out.name}.partial"
         self._file = self.folder / "unfinished.json"
-        self._state: dict[str, Any] = {"settings": settings, "seconds": {}, "rows": {}}
+        self._state: dict[str, Any] = {"settings": settings, "costs": {}, "rows": {}}
         if self._file.exists():
             state = json.loads(self._file.read_text())
             if state["settings"] != settings:
@@ -83,13 +86,14 @@ class WorkFolder:
             self._remember("rows", label, make().to_dict())
         return ComparisonRow.from_dict(self._state["rows"][label])
 
-    def seconds(self, label: str, work: Callable[[], Any]) -> float:
-        """How long ``work`` took, now or in the earlier run that did it."""
-        if label not in self._state["seconds"]:
+    def cost(self, label: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """``seconds`` that ``work`` took and the ``peak_memory_bytes`` it reports, now or in the earlier run that did it."""
+        if label not in self._state["costs"]:
             began = time.perf_counter()
-            work()
-            self._remember("seconds", label, round(time.perf_counter() - began, 2))
-        return self._state["seconds"][label]
+            report = work()
+            seconds = round(time.perf_counter() - began, 2)
+            self._remember("costs", label, {"seconds": seconds, "peak_memory_bytes": report["peak_memory_bytes"]})
+        return self._state["costs"][label]
 
     def finish(self) -> None:
         """Give the folder its name."""
@@ -109,58 +113,50 @@ class WorkFolder:
 def run_comparison(comparison: Comparison, work: WorkFolder, progress: Progress) -> list[ComparisonRow]:
     """The original's row and one for every recipe; the packed checkpoints stay in the work folder.
 
+    Every recipe has packed its checkpoint before the original is loaded to be measured: its peak memory is its own.
+
     Raises:
         MoebiusError: as the commands it stands for: quantize, evaluate, generate.
     """
+    costs = {label: _quantize(comparison, label, work, progress) for label in comparison.candidates}
     tokenizer = load_tokenizer(comparison.source)
     windows = calibration_windows(comparison.held_out, tokenizer)
     original = load_model(comparison.source, device=comparison.device)
 
-    def measured(
-        label: str, model: PreTrainedModel, size: ModelSize, recipe: Recipe | None = None, seconds: float | None = None
-    ) -> ComparisonRow:
+    def measured(label: str, model: PreTrainedModel, size: ModelSize) -> ComparisonRow:
+        recipe, calibration = comparison.candidates.get(label, (None, None))
         reference = None if recipe is None else original
         evaluation = evaluate_model(model, windows, reference=reference, progress=Titled(progress, label))
-        completions = [complete(model, tokenizer, prompt, COMPLETION_TOKENS) for prompt in comparison.prompts]
-        return _row(label, size, evaluation, recipe, seconds, completions)
-
-    def quantized(label: str, recipe: Recipe) -> ComparisonRow:
-        folder = work.folder / folder_name(label)
-        seconds = work.seconds(
-            label,
-            lambda: quantize_model(
-                comparison.source,
-                folder,
-                recipe,
-                comparison.calibration,
-                device=comparison.device,
-                progress=Titled(progress, label),
-            ),
+        return ComparisonRow(
+            label=label,
+            recipe=None if recipe is None else recipe.to_dict(),
+            calibration=None if calibration is None else calibration.to_dict(),
+            bits_per_expert_weight=size.bits_per_expert_weight,
+            file_bytes=size.file_bytes or 0,
+            perplexity=evaluation.perplexity,
+            perplexity_error=evaluation.perplexity_error,
+            kl=evaluation.kl,
+            top1_agreement=evaluation.top1_agreement,
+            routing_similarity=evaluation.routing_similarity,
+            completions=[complete(model, tokenizer, prompt, COMPLETION_TOKENS) for prompt in comparison.prompts],
+            **costs.get(label, {}),
         )
-        model = load_model(folder, device=comparison.device)
-        return measured(label, model, packed_checkpoint_size(folder), recipe, seconds)
 
-    rows = [work.row("original", lambda: measured("original", original, checkpoint_size(comparison.source)))]
-    for label, recipe in comparison.recipes.items():
-        rows.append(work.row(label, lambda label=label, recipe=recipe: quantized(label, recipe)))  # type: ignore[misc]
-    return rows
+    def packed(label: str) -> ComparisonRow:
+        folder = work.folder / folder_name(label)
+        return measured(label, load_model(folder, device=comparison.device), packed_checkpoint_size(folder))
+
+    rows = [work.row(ORIGINAL, lambda: measured(ORIGINAL, original, checkpoint_size(comparison.source)))]
+    return rows + [work.row(label, partial(packed, label)) for label in comparison.candidates]
 
 
-def _row(
-    label: str, size: ModelSize, evaluation: Evaluation, recipe: Recipe | None, seconds: float | None, completions: list[str]
-) -> ComparisonRow:
-    return ComparisonRow(
-        label=label,
-        recipe=None if recipe is None else recipe.to_dict(),
-        bits_per_expert_weight=size.bits_per_expert_weight,
-        file_bytes=size.file_bytes or 0,
-        perplexity=evaluation.perplexity,
-        perplexity_error=evaluation.perplexity_error,
-        kl=evaluation.kl,
-        top1_agreement=evaluation.top1_agreement,
-        routing_similarity=evaluation.routing_similarity,
-        seconds=seconds,
-        completions=completions,
+def _quantize(comparison: Comparison, label: str, work: WorkFolder, progress: Progress) -> dict[str, Any]:
+    """Seconds and peak memory of packing the checkpoint of one recipe."""
+    recipe, calibration = comparison.candidates[label]
+    folder, titled = work.folder / folder_name(label), Titled(progress, label)
+    return work.cost(
+        label,
+        lambda: quantize_model(comparison.source, folder, recipe, calibration, device=comparison.device, progress=titled),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -57,6 +58,15 @@ def model_or_reference(model: str | None) -> str:
     return str(path) if path.exists() else model
 
 
+#: Words of a recipe that say what it looks at; their fields in :class:`CalibrationSettings`, and what those are.
+CALIBRATION_WORDS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "calibration": ("text", str),
+    "windows": ("windows", int),
+    "window_length": ("window_length", int),
+    "seed": ("seed", int),
+}
+
+
 def display_name(model: str | None) -> str:
     """What reports call the model: no path of this machine in the embedded case."""
     return "reference model" if model is None else Path(model).name
@@ -76,11 +86,30 @@ def recipe_from_text(text: str) -> Recipe:
     head, *settings = text.split() or [""]
     method, at, bits = head.partition("@")
     try:
-        return recipe_from(method, float(bits) if at else None, settings)
+        number = float(bits) if at else None
     except ValueError:
         raise RecipeError(
             f"recipe {text!r}: got {bits!r} bits, wanted METHOD@BITS KEY=VALUE ..., such as 'rtn@1 gain=true'"
         ) from None
+    return recipe_from(method, number, settings)
+
+
+def candidate_from_text(text: str, calibration: CalibrationSettings) -> tuple[Recipe, CalibrationSettings]:
+    """A recipe as :func:`recipe_from_text` reads it, and a calibration of its own where words such as ``windows=16`` ask for
+    one.
+
+    Raises:
+        RecipeError: not of that form.
+    """
+    words = text.split()
+    own = parse_settings([word for word in words if word.partition("=")[0] in CALIBRATION_WORDS])
+    recipe = recipe_from_text(" ".join(word for word in words if word.partition("=")[0] not in CALIBRATION_WORDS))
+    try:
+        changed = {field: kind(own[word]) for word, (field, kind) in CALIBRATION_WORDS.items() if word in own}
+    except ValueError:
+        raise RecipeError(f"recipe {text!r}: wanted whole numbers for windows, window_length and seed") from None
+    merged = {**calibration.to_dict(), **changed}
+    return recipe, calibration_from(**merged)
 
 
 def parse_settings(settings: list[str]) -> dict[str, str]:

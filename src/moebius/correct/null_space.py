@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def null_space_scales(
-    weight: Tensor, approximation: Tensor, projector: Tensor, *, pull: float, iterations: int, rows_only: bool = False
+    weight: Tensor, approximation: Tensor, used: Tensor, *, pull: float, iterations: int, rows_only: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Factors for rows and columns that minimize Eq. 50, ``‖Δ − β_r Ŵ β_c‖² + λ (‖β_r − 1‖² + ‖β_c − 1‖²)``.
 
@@ -17,7 +17,7 @@ def null_space_scales(
     Args:
         weight: ``W`` (experts, rows, columns).
         approximation: ``Ŵ``, of the same shape.
-        projector: ``P`` (experts, columns, columns), see :func:`moebius.linalg.eigen.null_space_projector`.
+        used: ``V`` (experts, columns, directions), see :func:`moebius.linalg.eigen.used_directions`; ``P = I − V Vᵀ``.
         pull: λ.
         iterations: updates of both.
         rows_only: leave the columns at one, for formats that have no place for their factors.
@@ -25,7 +25,7 @@ def null_space_scales(
     Returns:
         ``β_r`` (experts, rows) and ``β_c`` (experts, columns).
     """
-    target = weight - (weight - approximation) @ projector
+    target = approximation + ((weight - approximation) @ used) @ used.mT
     agreement, energy = approximation * target, approximation.square()
     rows, columns = torch.ones_like(weight[:, :, 0]), torch.ones_like(weight[:, 0])
     for _ in range(iterations):

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from moebius.calibrate.layerwise import STATES_IN_MEMORY, states_bytes
 from moebius.checkpoint.reader import SourceCheckpoint
 from moebius.evaluate.size import ModelSize, ModuleSize, experts_per_token, file_bytes, folder_bytes, packed_module
 from moebius.methods import METHODS
@@ -29,7 +30,7 @@ class PeakMemory:
 
     Attributes:
         model: all weights in the dtype of the checkpoint.
-        hidden_states: of all calibration tokens, at every layer boundary if gradients are taken.
+        hidden_states: of all calibration tokens, at every layer boundary if gradients are taken; none where they go to disk.
         layer: one decoder layer, the largest, in float32.
         activations: what the experts of that layer hold while one batch of windows goes through.
         statistics: sums of one MoE layer, the largest (second moments, GLAS Hessians, Fisher diagonals).
@@ -169,10 +170,10 @@ def _peak_memory(moe: MoeModel, recipe: Recipe, calibration: CalibrationSettings
     config = moe.model.config.get_text_config()
     router_moment = config.hidden_size**2 if binary_router else 0
     widths = max(sum(outputs + inputs for _, outputs, inputs in layer) for layer in shapes)
-    boundaries = {"nothing": 0, "inputs": 2, "gradients": len(moe.decoder) + 1}[needs]
+    states = states_bytes(moe, tokens, gradients=gradients) if looks else 0
     return PeakMemory(
         model=sum(p.numel() * p.element_size() for p in moe.model.parameters()),
-        hidden_states=_FLOAT32 * boundaries * tokens * config.hidden_size,
+        hidden_states=states if states <= STATES_IN_MEMORY else 0,  # they go to disk
         layer=_FLOAT32 * max(sum(p.numel() for p in layer.parameters()) for layer in moe.decoder) if looks else 0,
         activations=_FLOAT32 * rows * widths * (2 if gradients else 1) if looks else 0,
         statistics=max(sum(_statistics(shape, groups) for shape in layer) for layer in shapes) + _FLOAT32 * router_moment

@@ -13,7 +13,7 @@ from moebius.correct.null_space import null_space_scales
 from moebius.formats.base import Packed, empty_like_spec
 from moebius.formats.grouped_signs import GroupedSigns
 from moebius.formats.projection import PackedProjection
-from moebius.linalg.eigen import null_space_projector
+from moebius.linalg.eigen import used_directions
 from moebius.linalg.hessian import conditioned, feedback_factor, inverse_diagonal, layer_mean
 from moebius.methods.base import Method, in_chunks
 from moebius.quantize.grouped_signs import grouped_planes
@@ -52,11 +52,11 @@ def quantize_grouped(
         planes = grouped_planes(some, salient, feedback_factor(hessian), block=block, alternations=alternations)
         # NGES: scales that move the error to directions that no input uses; rows alone where columns have no scales.
         if recipe.nges:
-            projector = null_space_projector(stats.second_moment[chunk], recipe.null_space_threshold)
+            used = used_directions(stats.second_moment[chunk], recipe.null_space_threshold)
             pull, updates = recipe.nges_lambda, recipe.nges_iterations
             planes = planes.scaled(
                 *null_space_scales(
-                    some, planes.matrix(), projector, pull=pull, iterations=updates, rows_only=planes.column_scales is None
+                    some, planes.matrix(), used, pull=pull, iterations=updates, rows_only=planes.column_scales is None
                 )
             )
         if recipe.gain:

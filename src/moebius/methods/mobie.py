@@ -10,8 +10,8 @@ from moebius.correct.null_space import null_space_scales
 from moebius.formats.base import Packed, empty_like_spec
 from moebius.formats.projection import PackedProjection
 from moebius.formats.signs import Signs
-from moebius.linalg.eigen import null_space_projector
-from moebius.linalg.hessian import conditioned, feedback_factor, inverse_diagonal, layer_mean
+from moebius.linalg.eigen import used_directions
+from moebius.linalg.hessian import conditioned, feedback_weights, inverse_diagonal, layer_mean
 from moebius.methods.base import Method, in_chunks
 from moebius.quantize.binary import SignPlanes, mixed_order
 from moebius.quantize.feedback import mixed_order_with_feedback
@@ -119,14 +119,14 @@ def _mixed_order(factor: Tensor, hessian: Tensor, importance: Tensor, recipe: Re
     if not recipe.error_feedback:
         return mixed_order(factor, salient, recipe.alternations)
     return mixed_order_with_feedback(
-        factor, salient, feedback_factor(hessian), alternations=recipe.alternations, block_size=recipe.block_size
+        factor, salient, feedback_weights(hessian), alternations=recipe.alternations, block_size=recipe.block_size
     )
 
 
 def _null_space_scales(factor: Tensor, planes: SignPlanes, moments: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    projector = null_space_projector(moments, recipe.null_space_threshold)
+    used = used_directions(moments, recipe.null_space_threshold)
     pull, iterations = recipe.nges_lambda, recipe.nges_iterations
-    return null_space_scales(factor, planes.matrix(), projector, pull=pull, iterations=iterations)
+    return null_space_scales(factor, planes.matrix(), used, pull=pull, iterations=iterations)
 
 
 METHOD = Method(quantize, plan, needs, left_factor)

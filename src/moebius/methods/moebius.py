@@ -16,7 +16,7 @@ from moebius.formats.graded import Graded
 from moebius.formats.logarithmic import encode
 from moebius.formats.planes import Planes, pack_signs
 from moebius.formats.projection import PackedProjection
-from moebius.linalg.hessian import conditioned, layer_mean
+from moebius.linalg.hessian import conditioned, layer_mean, solve_unit_upper, unit_upper
 from moebius.methods.base import Method, Survey, chunks
 from moebius.quantize.planes import PlaneLevels, over_directions, over_entries
 from moebius.recipe import Recipe
@@ -86,6 +86,7 @@ class _Packer:
     ) -> None:
         self.weight, self.moments, self.recipe, self.widths, self.side = weight, stats.second_moment, recipe, widths, basis.side
         self.layer = layer_mean(stats.second_moment)
+        self.pace = {"sweeps": recipe.sweeps, "block_size": recipe.block_size}
         self.shared = basis.unpack()[0] if basis.side == "input" else basis.unpack()[0].mT  # (kept, length)
         self.coordinates = coordinates(self.shared, metric) if basis.side == "output" else None
 
@@ -132,20 +133,19 @@ class _Packer:
         """Factors ``B_e`` of ``W_e ≈ B_e T``: fitted to the outputs, errors pushed from direction to direction."""
         shared, weight = self.shared[: counts.shape[1]], self.weight[some].float()
         moments = self._conditioned(some).float()
-        passed = weight @ moments  # (experts, out, in)
-        hessian = shared @ moments @ shared.mT
+        passed = shared @ moments  # (experts, directions, in)
         live = counts > 0
-        both = live.unsqueeze(2) & live.unsqueeze(1)
-        hessian = torch.where(both, hessian, 0).double() + torch.diag_embed((~live).double())
-        lower = torch.linalg.cholesky(hessian.flip(1, 2))
-        wanted = (shared @ passed.mT) * live.unsqueeze(2)
-        target = torch.cholesky_solve(wanted.flip(1), lower.float()).flip(1)
-        planes = over_directions(target, hessian, counts, self.recipe.block_size)
+        hessian = (passed @ shared.mT).mul_(live.unsqueeze(2) & live.unsqueeze(1)).double()
+        hessian.diagonal(dim1=1, dim2=2).add_((~live).double())
+        upper, roots = unit_upper(hessian)
+        hessian = hessian.float()
+        target = solve_unit_upper(upper, roots, passed @ weight.mT * live.unsqueeze(2))
+        planes = over_directions(target, hessian, upper, counts, **self.pace)
         if self.recipe.gain:
             planes = planes.rounded_scales(self.recipe.scale_bits)
-            got = planes.factor().mT
-            energy = ((got @ hessian.float()) * got).sum(2)
-            planes = planes.scaled(entries=_gain((passed * weight).sum(2), energy))
+            got = planes.factor()
+            energy = ((hessian @ got) * got).sum(1)
+            planes = planes.scaled(entries=_gain(((weight @ moments) * weight).sum(2), energy))
         return planes
 
     def _before_basis(self, some: Tensor, counts: Tensor) -> PlaneLevels:
@@ -153,7 +153,7 @@ class _Packer:
         assert self.coordinates is not None
         target = (self.coordinates[: counts.shape[1]] @ self.weight[some].float()) * (counts > 0).unsqueeze(2)
         moments = self._conditioned(some)
-        planes = over_entries(target, moments, counts, self.recipe.block_size)
+        planes = over_entries(target, moments, counts, **self.pace)
         if self.recipe.gain:
             planes = planes.rounded_scales(self.recipe.scale_bits)
             gain = row_gain(target, planes.factor(), moments.float())

@@ -7,7 +7,7 @@ from torch import Tensor
 from moebius.correct.null_space import null_space_scales
 from moebius.formats.base import Packed, empty_like_spec
 from moebius.formats.signs import Signs
-from moebius.linalg.eigen import null_space_projector
+from moebius.linalg.eigen import used_directions
 from moebius.quantize.binary import mixed_order
 from moebius.recipe import Recipe
 
@@ -25,10 +25,8 @@ def quantize_router(weight: Tensor, moment: Tensor, recipe: Recipe) -> Packed:
     """
     matrix = weight.float().unsqueeze(0)
     planes = mixed_order(matrix, matrix.new_zeros(1, matrix.shape[2]).bool(), recipe.alternations)
-    projector = null_space_projector(moment.unsqueeze(0), recipe.null_space_threshold)
-    rows, columns = null_space_scales(
-        matrix, planes.matrix(), projector, pull=recipe.nges_lambda, iterations=recipe.nges_iterations
-    )
+    used = used_directions(moment.unsqueeze(0), recipe.null_space_threshold)
+    rows, columns = null_space_scales(matrix, planes.matrix(), used, pull=recipe.nges_lambda, iterations=recipe.nges_iterations)
     return planes.scaled(rows, columns).pack()
 
 

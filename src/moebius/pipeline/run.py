@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import resource
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from moebius.calibrate.layerwise import STATES_IN_MEMORY, states_bytes
 from moebius.calibrate.stream import StatisticsRequest, stream_statistics
 from moebius.calibrate.tokens import calibration_windows, windows_digest
 from moebius.checkpoint.manifest import FORMAT_VERSION
@@ -26,6 +26,7 @@ from moebius.methods.linear import quantize_linear
 from moebius.methods.router import quantize_router
 from moebius.models.layout import read_weights
 from moebius.models.load import check_coverage, load_moe_model
+from moebius.pipeline.memory import PeakMemory
 from moebius.progress import Progress, Silent
 from moebius.recipe import CalibrationSettings, Recipe
 from moebius.types import PROJECTIONS, ExpertWeights, LayerStats, MoeLayer, MoeModel
@@ -64,7 +65,7 @@ def quantize_model(
         MoebiusError: one of its subclasses for every cause that is known, before ``out`` exists.
     """
     progress = progress or Silent()
-    clock = _Clock()
+    clock, memory = _Clock(), PeakMemory()
     writer = CheckpointWriter(out)
     checkpoint = SourceCheckpoint.open(source)
     checkpoint.check_finite(checkpoint.names(), progress)
@@ -82,7 +83,7 @@ def quantize_model(
     if job.method.survey is not None and windows is not None:
         job.survey(windows, writer, progress)
         clock.lap("survey")
-    for name, packed, entry in job.packed_layers(windows, writer.entries().keys(), progress):
+    for name, packed, entry in job.packed_layers(windows, writer, progress):
         writer.write_layer(name, packed, entry)
     clock.lap("calibrate and quantize")
 
@@ -95,8 +96,7 @@ def quantize_model(
     writer.finish(checkpoint, config, {REPORT_NAME: json.dumps(report, indent=1) + "\n"})
     clock.lap("write")
     progress.finish()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {**report, "seconds": clock.laps, "peak_memory_bytes": peak}
+    return {**report, "seconds": clock.laps, "peak_memory_bytes": memory.bytes()}
 
 
 class _Job:
@@ -118,7 +118,8 @@ class _Job:
         seen = [name for name in layers if writer.kept(f"{name}.{PROJECTIONS[-1]}") is not None]
         gradients = survey.needs(self.recipe) == "gradients"
         request = StatisticsRequest(gradients, output_fisher=gradients, weighted_moments=False)
-        for stats in stream_statistics(self.moe, windows, request, skip=seen, progress=progress):
+        work = self._work(windows, gradients, writer.out)
+        for stats in stream_statistics(self.moe, windows, request, skip=seen, work=work, progress=progress):
             layer = layers[stats.name]
             weights = read_weights(layer.name, layer.experts)
             for projection in PROJECTIONS:
@@ -134,9 +135,10 @@ class _Job:
         progress.advance(f"{len(places)} projections")
 
     def packed_layers(
-        self, windows: Tensor | None, finished: Collection[str], progress: Progress
+        self, windows: Tensor | None, writer: CheckpointWriter, progress: Progress
     ) -> Iterator[tuple[str, dict[str, PackedProjection | Packed], dict[str, Any]]]:
         """Name, packed modules and report entry of every unit that is not finished yet."""
+        finished = writer.entries().keys()
         layers = {layer.name: layer for layer in self.moe.moe_layers}
         if windows is None:
             progress.stage("quantizing", len(layers))
@@ -145,7 +147,9 @@ class _Job:
                     yield layer.name, *self._pack_layer(layer, None)
                 progress.advance(layer.name)
         else:
-            for stats in stream_statistics(self.moe, windows, self._request(), skip=finished, progress=progress):
+            request = self._request()
+            work = self._work(windows, request.gradients, writer.out)
+            for stats in stream_statistics(self.moe, windows, request, skip=finished, work=work, progress=progress):
                 name, (packed_layer, entry) = stats.name, self._pack_layer(layers[stats.name], stats)
                 del stats  # one layer's statistics in memory, not two
                 yield name, packed_layer, entry
@@ -154,6 +158,10 @@ class _Job:
                 weight = self.moe.model.get_parameter(f"{name}.weight").detach().to(self.device)
                 packed = quantize_linear(weight, bits)
                 yield name, {name: packed}, {"name": name, "bits": packed.stored_bits() / weight.numel()}
+
+    def _work(self, windows: Tensor, gradients: bool, out: Path) -> Path | None:
+        """Where hidden states go: into memory, or beside the output where they are too many for that."""
+        return out.parent if states_bytes(self.moe, windows.numel(), gradients=gradients) > STATES_IN_MEMORY else None
 
     def expert_parameters(self) -> list[str]:
         """Paths of the parameters that will be packed."""

@@ -1,4 +1,9 @@
-"""Error feedback (GPTQ): the error of a column is pushed into the columns after it, where they can make up for it."""
+"""Error feedback (GPTQ): the error of a step is pushed into the steps after it, where they can make up for it.
+
+There are two forms of the same thing, see :func:`moebius.linalg.hessian.feedback_weights`. :func:`with_feedback` tells each
+step what to aim for; :func:`columns_with_feedback` keeps the whole matrix as it becomes, for levels that are set when the
+first column of their group is reached.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moebius.quantize.binary import SignPlanes, column_scales, rank_one_scales, signs
+from moebius.quantize.binary import SignPlanes, rank_one_scales, signs
+
+_TINY = 1e-30  # keeps 0/0 at 0 for rows of zeros
 
 
 def columns_with_feedback(
@@ -36,8 +43,60 @@ def columns_with_feedback(
         weight[:, :, stop:].baddbmm_(errors, factor[:, start:stop, stop:], alpha=-1)
 
 
+def with_feedback(target: Tensor, weights: Tensor, block_size: int, quantize: Callable[[int, Tensor], Tensor]) -> None:
+    """Visit the steps of a batch of targets in order, each with the errors of those before it folded in.
+
+    Args:
+        target: (experts, steps, width) float32.
+        weights: see :func:`moebius.linalg.hessian.feedback_weights`.
+        block_size: steps whose errors are gathered before they are pushed further.
+        quantize: called with the index of a step and what it aims for, (experts, width); returns what it became.
+    """
+    errors = torch.zeros_like(target)
+    steps = target.shape[1]
+    for start in range(0, steps, block_size):
+        stop = min(start + block_size, steps)
+        aims = torch.baddbmm(target[:, start:stop], weights[:, :start, start:stop].mT, errors[:, :start])
+        for step in range(start, stop):
+            aim = aims[:, step - start]
+            if step > start:
+                aim = torch.baddbmm(aim.unsqueeze(1), weights[:, None, start:step, step], errors[:, start:step]).squeeze(1)
+            errors[:, step] = target[:, step] - quantize(step, aim)
+
+
+def with_all_errors(
+    target: Tensor, current: Tensor, hessian: Tensor, block_size: int, quantize: Callable[[int, Tensor], Tensor]
+) -> None:
+    """Visit the steps once more, each in view of the errors of all others: those before it as they have become by now.
+
+    Where :func:`with_feedback` leaves what a step cannot know yet to the steps after it, this is coordinate descent on the
+    error under the Hessian.
+
+    Args:
+        target: (experts, steps, width) float32.
+        current: what the steps are; overwritten with what they become. (experts, steps, width)
+        hessian: (experts, steps, steps) float32, with a positive diagonal.
+        block_size: steps whose changes are gathered before they are pushed further.
+        quantize: as for :func:`with_feedback`.
+    """
+    weights = hessian / hessian.diagonal(dim1=1, dim2=2).unsqueeze(2)
+    errors = target - current
+    steps = target.shape[1]
+    for start in range(0, steps, block_size):
+        stop = min(start + block_size, steps)
+        before = errors[:, start:stop].clone()
+        aims = current[:, start:stop] + weights[:, start:stop] @ errors
+        for step in range(start, stop):
+            aim = aims[:, step - start]
+            if step > start:
+                changes = errors[:, start:step] - before[:, : step - start]
+                aim = torch.baddbmm(aim.unsqueeze(1), weights[:, step, None, start:step], changes).squeeze(1)
+            current[:, step] = quantize(step, aim)
+            errors[:, step] = target[:, step] - current[:, step]
+
+
 def mixed_order_with_feedback(
-    weight: Tensor, salient: Tensor, factor: Tensor, *, alternations: int, block_size: int
+    weight: Tensor, salient: Tensor, weights: Tensor, *, alternations: int, block_size: int
 ) -> SignPlanes:
     """:func:`moebius.quantize.binary.mixed_order` with the errors of each column fed back into those after it.
 
@@ -46,22 +105,33 @@ def mixed_order_with_feedback(
     Args:
         weight: (experts, rows, columns) float32.
         salient: bool (experts, columns).
-        factor: see :func:`columns_with_feedback`.
+        weights: see :func:`moebius.linalg.hessian.feedback_weights`.
         alternations: updates of the row and column scales of the first order.
-        block_size: see :func:`columns_with_feedback`.
+        block_size: see :func:`with_feedback`.
     """
     row_scales, _ = rank_one_scales(weight, signs(weight), alternations)
-    first, second = torch.empty_like(weight), torch.empty_like(weight)
-    first_scales, second_scales = torch.empty_like(weight[:, 0]), torch.empty_like(weight[:, 0])
+    energy = row_scales.square().sum(1).clamp_min(_TINY)
+    columns = weight.mT.contiguous()  # (experts, columns, rows): a column at a time
+    first, second = (torch.ones_like(columns, dtype=torch.bool) for _ in range(2))
+    first_scales, second_scales = (torch.zeros_like(columns[:, :, 0]) for _ in range(2))
+    any_salient = salient.any(0).tolist()
+
+    def plane(values: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
+        """Signs of values, written down; the row scales with these signs, and the scale that fits them best."""
+        torch.ge(values, 0, out=positive)
+        signed = torch.where(positive, row_scales, -row_scales)
+        return signed, (values * signed).sum(1) / energy
 
     def binarize(column: int, values: Tensor) -> Tensor:
-        first[:, :, column] = sign = signs(values)
-        first_scales[:, column] = scale = column_scales(values, sign, row_scales)
-        quantized = row_scales * sign * scale.unsqueeze(1)
-        residual = values - quantized
-        second[:, :, column] = sign = signs(residual)
-        second_scales[:, column] = scale = column_scales(residual, sign, row_scales) * salient[:, column]
-        return quantized + row_scales * sign * scale.unsqueeze(1)
+        signed, scale = plane(values, first[:, column])
+        first_scales[:, column] = scale
+        quantized = signed * scale.unsqueeze(1)
+        if any_salient[column]:
+            signed, scale = plane(values - quantized, second[:, column])
+            second_scales[:, column] = scale = scale * salient[:, column]
+            quantized = quantized + signed * scale.unsqueeze(1)
+        return quantized
 
-    columns_with_feedback(weight.clone(), factor, block_size, binarize)
-    return SignPlanes(first, second, salient, row_scales, first_scales, second_scales)
+    with_feedback(columns, weights, block_size, binarize)
+    planes = [torch.where(positive.mT, 1.0, -1.0).to(weight.dtype) for positive in (first, second)]
+    return SignPlanes(planes[0], planes[1], salient, row_scales, first_scales, second_scales)

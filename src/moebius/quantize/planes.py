@@ -16,6 +16,8 @@ from torch import Tensor
 
 from moebius.formats.logarithmic import rounded
 from moebius.formats.planes import AMPLITUDES, MOST_PLANES
+from moebius.linalg.hessian import feedback_weights
+from moebius.quantize.feedback import with_all_errors, with_feedback
 
 _TINY = 1e-30  # keeps 0/0 at 0 where there is nothing
 _ALTERNATIONS = 8
@@ -102,92 +104,76 @@ def deviations(target: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
     return of_direction.sqrt() * live, of_entry.sqrt()
 
 
-def over_directions(target: Tensor, hessian: Tensor, counts: Tensor, block_size: int) -> PlaneLevels:
+def over_directions(
+    target: Tensor, hessian: Tensor, weights: Tensor, counts: Tensor, *, sweeps: int, block_size: int
+) -> PlaneLevels:
     """Planes for factors whose Hessian is over their directions.
 
     Args:
         target: (experts, directions, entries) float32.
-        hessian: (experts, directions, directions) float64, positive definite; identity in directions without planes.
+        hessian: positive definite, identity in directions without planes. (experts, directions, directions) float32
+        weights: of the Hessian, see :func:`moebius.linalg.hessian.feedback_weights`. (experts, directions, directions)
         counts: planes. (experts, directions)
+        sweeps: further passes over the directions, see :func:`moebius.quantize.feedback.with_all_errors`.
         block_size: directions whose errors are pushed on together: a matter of speed.
     """
-    amplitudes = _amplitudes(counts)
-    direction_scales, entry_scales = deviations(target, counts > 0)
-    levels, fitted = torch.zeros_like(target), torch.zeros_like(direction_scales)
-
-    def quantize(direction: int, values: Tensor) -> Tensor:
-        scale = direction_scales[:, direction, None].clamp_min(_TINY) * entry_scales
-        level = nested_levels(values / scale, amplitudes[:, None, direction])
-        shape = level * entry_scales
-        fit = _fit(values, shape)
-        levels[:, direction], fitted[:, direction] = level, fit
-        return shape * fit.unsqueeze(1)
-
-    with_feedback(target, feedback_weights(hessian), block_size, quantize)
-    return PlaneLevels(levels, counts, fitted, entry_scales)
+    of_direction, of_entry = deviations(target, counts > 0)
+    amplitudes = _amplitudes(counts).unsqueeze(2)  # of a direction, for all of its entries
+    steps = _Steps(target, hessian, of_direction, of_entry, lambda direction: amplitudes[:, direction])
+    steps.visit(weights, sweeps, block_size)
+    return PlaneLevels(steps.levels, counts, steps.scales, of_entry)
 
 
-def over_entries(target: Tensor, moments: Tensor, counts: Tensor, block_size: int) -> PlaneLevels:
+def over_entries(target: Tensor, moments: Tensor, counts: Tensor, *, sweeps: int, block_size: int) -> PlaneLevels:
     """Planes for factors whose Hessian is over their entries, those that carry most visited first.
 
     Args:
         target: (experts, directions, entries) float32.
         moments: (experts, entries, entries) float64, positive definite.
         counts: planes. (experts, directions)
+        sweeps: further passes over the entries, see :func:`moebius.quantize.feedback.with_all_errors`.
         block_size: entries whose errors are pushed on together: a matter of speed.
     """
     order = moments.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
     entries = order.shape[1]
     moments = moments.gather(1, order.unsqueeze(2).expand(-1, -1, entries))
     moments = moments.gather(2, order.unsqueeze(1).expand(-1, entries, -1))
-    steps = target.mT.gather(1, order.unsqueeze(2).expand(-1, -1, target.shape[1]))  # (experts, entries, directions)
-    amplitudes = _amplitudes(counts)
-    direction_scales, entry_scales = deviations(steps.mT, counts > 0)
-    levels, fitted = torch.zeros_like(steps), torch.zeros_like(entry_scales)
-
-    def quantize(entry: int, values: Tensor) -> Tensor:
-        scale = (direction_scales * entry_scales[:, entry, None]).clamp_min(_TINY)
-        level = nested_levels(values / scale, amplitudes)
-        shape = level * direction_scales
-        fit = _fit(values, shape)
-        levels[:, entry], fitted[:, entry] = level, fit
-        return shape * fit.unsqueeze(1)
-
-    with_feedback(steps, feedback_weights(moments), block_size, quantize)
+    target = target.mT.gather(1, order.unsqueeze(2).expand(-1, -1, target.shape[1]))  # (experts, entries, directions)
+    of_direction, of_entry = deviations(target.mT, counts > 0)
+    amplitudes = _amplitudes(counts)  # of all directions, whatever the entry
+    steps = _Steps(target, moments.float(), of_entry, of_direction, lambda entry: amplitudes)
+    steps.visit(feedback_weights(moments), sweeps, block_size)
     back = order.argsort(1)
-    levels = levels.gather(1, back.unsqueeze(2).expand_as(levels)).mT.contiguous()
-    return PlaneLevels(levels, counts, direction_scales, fitted.gather(1, back))
+    levels = steps.levels.gather(1, back.unsqueeze(2).expand_as(target)).mT.contiguous()
+    return PlaneLevels(levels, counts, of_direction, steps.scales.gather(1, back))
 
 
-def feedback_weights(hessian: Tensor) -> Tensor:
-    """The unit upper factor ``V`` of ``H = V D Vᵀ``: how errors of earlier steps change what a later step aims for.
+class _Steps:
+    """The rows of a batch of targets, quantized one after the other to ``levels · scale of the row · scales along it``.
 
-    This is GPTQ's feedback without the inverse of the Hessian (Chee et al., QuIP, 2023, Theorem 6): step ``k`` quantizes
-    ``w_k + Σ_{j<k} (w_j − q_j) V_jk``. (experts, n, n) to float32 (experts, n, n)
+    A row takes the levels nearest to what it aims for at the scale it has, then the scale that fits these levels best.
     """
-    upper = torch.linalg.cholesky(hessian.flip(1, 2)).flip(1, 2)
-    return (upper / upper.diagonal(dim1=1, dim2=2).unsqueeze(1)).float()
 
+    def __init__(
+        self, target: Tensor, hessian: Tensor, scales: Tensor, along: Tensor, amplitudes: Callable[[int], Tensor]
+    ) -> None:
+        self.target, self.hessian, self.along, self.amplitudes = target, hessian, along, amplitudes
+        self.levels, self.scales = torch.zeros_like(target), scales.clone()
 
-def with_feedback(target: Tensor, weights: Tensor, block_size: int, quantize: Callable[[int, Tensor], Tensor]) -> None:
-    """Visit the steps of a batch of targets in order, each with the errors of those before it folded in.
+    def visit(self, weights: Tensor, sweeps: int, block_size: int) -> None:
+        """Once with error feedback, then in view of all errors."""
+        with_feedback(self.target, weights, block_size, self._quantize)
+        for _ in range(sweeps):
+            current = self.levels * self.along.unsqueeze(1) * self.scales.unsqueeze(2)
+            with_all_errors(self.target, current, self.hessian, block_size, self._quantize)
 
-    Args:
-        target: (experts, steps, width) float32.
-        weights: see :func:`feedback_weights`.
-        block_size: steps whose errors are gathered before they are pushed further.
-        quantize: called with the index of a step and what it aims for, (experts, width); returns what it became.
-    """
-    errors = torch.zeros_like(target)
-    steps = target.shape[1]
-    for start in range(0, steps, block_size):
-        stop = min(start + block_size, steps)
-        aims = torch.baddbmm(target[:, start:stop], weights[:, :start, start:stop].mT, errors[:, :start])
-        for step in range(start, stop):
-            aim = aims[:, step - start]
-            if step > start:
-                aim = torch.baddbmm(aim.unsqueeze(1), weights[:, None, start:step, step], errors[:, start:step]).squeeze(1)
-            errors[:, step] = target[:, step] - quantize(step, aim)
+    def _quantize(self, step: int, values: Tensor) -> Tensor:
+        scale = self.scales[:, step, None].clamp_min(_TINY) * self.along
+        level = nested_levels(values / scale, self.amplitudes(step))
+        shape = level * self.along
+        fit = _fit(values, shape)
+        self.levels[:, step], self.scales[:, step] = level, fit
+        return shape * fit.unsqueeze(1)
 
 
 def _fit(values: Tensor, shape: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ class ComparisonRow:
         top1_agreement: share of positions where the likeliest token is the original's.
         routing_similarity: of each MoE layer.
         seconds: that quantizing took, loading and writing included.
+        peak_memory_bytes: most resident memory of the process while it quantized.
+        calibration: what the recipe looked at; None for the original.
         completions: what it wrote after each prompt.
     """
 
@@ -37,6 +39,8 @@ class ComparisonRow:
     top1_agreement: float | None = None
     routing_similarity: list[float] = field(default_factory=list)
     seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    calibration: dict[str, Any] | None = None
     completions: list[str] = field(default_factory=list)
 
     @property
@@ -67,6 +71,7 @@ def comparison_table(rows: Sequence[ComparisonRow], title: str = "", note: str =
             "top-1 agreement",
             "routing similarity",
             "seconds",
+            "peak memory",
         ),
         rows=tuple(
             (
@@ -78,6 +83,7 @@ def comparison_table(rows: Sequence[ComparisonRow], title: str = "", note: str =
                 percent(row.top1_agreement),
                 number(row.mean_routing_similarity, 4),
                 number(row.seconds, 1),
+                size(row.peak_memory_bytes),
             )
             for row in rows
         ),

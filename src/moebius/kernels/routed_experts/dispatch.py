@@ -55,7 +55,7 @@ def prepare(gate_up: PackedProjection, down: PackedProjection, activation: Calla
         raise KernelError(f"{VARIABLE}: got {forced!r}, wanted one of {', '.join(BACKENDS)}, or nothing for the fastest")
     refusals: list[str] = []
     for name in (forced,) if forced else BACKENDS:
-        reason = _refusal(name, gate_up, down, activation)
+        reason = _refusal(name, gate_up, down, activation, bool(forced))
         if reason is None:
             _tell(name, gate_up, down, f"{VARIABLE} asks for it" if forced else "; ".join(refusals) or "it is the fastest")
             return _prepared(name, gate_up, down)
@@ -79,13 +79,17 @@ def routed_experts(
 
 
 def _refusal(
-    name: str, gate_up: PackedProjection, down: PackedProjection, activation: Callable[[Tensor], Tensor]
+    name: str,
+    gate_up: PackedProjection,
+    down: PackedProjection,
+    activation: Callable[[Tensor], Tensor],
+    forced: bool,
 ) -> str | None:
     if name == "reference":
         return None
     devices = {t.device.type for projection in (gate_up, down) for t in projection.tensors().values()}
-    if name == "triton" and devices == {"cpu"} and os.environ.get("TRITON_INTERPRET", "0") != "1":
-        return "the layer is on the CPU"
+    if name == "triton" and devices == {"cpu"} and not forced:
+        return "the layer is on the CPU"  # its interpreter would run it, a thousand times as slowly
     module = _module(name)
     if isinstance(module, str):
         return module
