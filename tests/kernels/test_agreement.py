@@ -481,6 +481,22 @@ def test_a_kernel_can_be_forced(monkeypatch: pytest.MonkeyPatch, caplog: pytest.
         dispatch.prepare(plain, layer[1], gated)
 
 
+def test_triton_is_picked_on_a_gpu_or_when_asked_for(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("triton")
+    generator = Generator().manual_seed(0)
+    layer = moebius_layer(generator, 33, 16, 31, 2)
+    given = inputs(generator, layer, 1, "all on one")
+    wanted = reference.routed_experts(*given, *layer, gated)
+    dispatch._tell_once.cache_clear()
+    with caplog.at_level("INFO", "moebius.kernels"):
+        monkeypatch.delenv("MOEBIUS_KERNEL", raising=False)
+        assert disagreement(routed_experts(*given, *layer, gated), wanted) is None
+        monkeypatch.setenv("MOEBIUS_KERNEL", "triton")
+        assert disagreement(routed_experts(*given, *layer, gated), wanted) is None
+    first, second = (record.message for record in caplog.records)
+    assert "triton: the layer is on the CPU" in first and "triton kernels, because MOEBIUS_KERNEL asks for it" in second
+
+
 def test_without_a_build_the_reference_runs(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     generator = Generator().manual_seed(0)
     layer = moebius_layer(generator, 65, 31, 63, 2)
