@@ -84,15 +84,18 @@ def with_all_errors(
     steps = target.shape[1]
     for start in range(0, steps, block_size):
         stop = min(start + block_size, steps)
-        before = errors[:, start:stop].clone()
         aims = current[:, start:stop] + weights[:, start:stop] @ errors
+        changes = torch.empty_like(aims)
         for step in range(start, stop):
-            aim = aims[:, step - start]
-            if step > start:
-                changes = errors[:, start:step] - before[:, : step - start]
-                aim = torch.baddbmm(aim.unsqueeze(1), weights[:, step, None, start:step], changes).squeeze(1)
-            current[:, step] = quantize(step, aim)
-            errors[:, step] = target[:, step] - current[:, step]
+            offset = step - start
+            aim = aims[:, offset]
+            if offset:
+                pull = weights[:, step, None, start:step]
+                aim = torch.baddbmm(aim.unsqueeze(1), pull, changes[:, :offset]).squeeze(1)
+            became = quantize(step, aim)
+            changes[:, offset] = current[:, step] - became
+            current[:, step] = became
+        errors[:, start:stop] += changes
 
 
 def mixed_order_with_feedback(

@@ -78,9 +78,11 @@ def nested_levels(values: Tensor, amplitudes: Tensor) -> Tensor:
         values: (...,).
         amplitudes: (..., planes), zero beyond the planes there are.
     """
-    levels = torch.zeros_like(values)
+    levels, rest = torch.zeros_like(values), values.clone()
     for plane in range(amplitudes.shape[-1]):
-        levels += torch.where(values >= levels, 1.0, -1.0) * amplitudes[..., plane]
+        signed = torch.copysign(amplitudes[..., plane], rest)
+        levels += signed
+        rest -= signed
     return levels
 
 
@@ -119,7 +121,8 @@ def over_directions(
     """
     of_direction, of_entry = deviations(target, counts > 0)
     amplitudes = _amplitudes(counts).unsqueeze(2)  # of a direction, for all of its entries
-    steps = _Steps(target, hessian, of_direction, of_entry, lambda direction: amplitudes[:, direction])
+    most = counts.amax(0).tolist()  # planes that any expert has there
+    steps = _Steps(target, hessian, of_direction, of_entry, lambda direction: amplitudes[:, direction, :, : most[direction]])
     steps.visit(weights, sweeps, block_size)
     return PlaneLevels(steps.levels, counts, steps.scales, of_entry)
 
