@@ -1,7 +1,8 @@
-"""The papers' methods from checkpoint to transformers, on a model without biases and on one with biases of its own."""
+"""Methods from checkpoint to transformers, on a model without biases, one with biases of its own and one without gates."""
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,18 @@ CALIBRATION = CalibrationSettings(windows=4, window_length=32)
 IDS = torch.arange(2, 42).view(2, 20)
 
 
-@pytest.mark.parametrize("architecture", ["olmoe", "gpt_oss"])
-@pytest.mark.parametrize(("method", "bits"), [("gptvq", 1), ("kbvq", 1), ("bitsmoe", 8), ("billm", 1), ("arb", 1)])
+@pytest.mark.parametrize(
+    ("architecture", "method", "bits"),
+    [
+        *itertools.product(["olmoe", "gpt_oss"], ["gptvq", "kbvq", "billm", "arb"], [1]),
+        *itertools.product(["olmoe", "gpt_oss"], ["bitsmoe"], [8]),
+        *itertools.product(["olmoe", "gpt_oss", "nemotron_h"], ["moebius"], [3]),
+    ],
+)
 def test_packed_models_run_and_mean_what_their_plain_form_means(
-    architecture: str, method: str, bits: float, tmp_path: Path
+    architecture: str, method: str, bits: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("MOEBIUS_KERNEL", "reference")  # the others round activations
     save_tiny(architecture, tmp_path / "source")
     quantize_model(tmp_path / "source", tmp_path / "packed", Recipe.make(method, bits), CALIBRATION)
     packed = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)

@@ -85,13 +85,6 @@ def rank_one_scales(weight: Tensor, planes: Tensor, alternations: int) -> tuple[
     return row_scales, column_scales
 
 
-def column_scales(column: Tensor, planes: Tensor, row_scales: Tensor) -> Tensor:
-    """The column half of Eq. 48, for one column (experts, rows) to (experts,), or for all of a matrix to (experts, columns)."""
-    if column.dim() == 3:
-        row_scales = row_scales.unsqueeze(2)
-    return (column * planes * row_scales).sum(1) / row_scales.square().sum(1).clamp_min(_TINY)
-
-
 def mixed_order(weight: Tensor, salient: Tensor, alternations: int) -> SignPlanes:
     """Binarize matrices: one plane of signs, and one more of the residual in the salient columns (Algorithm 3).
 
@@ -104,7 +97,7 @@ def mixed_order(weight: Tensor, salient: Tensor, alternations: int) -> SignPlane
     row_scales, first_scales = rank_one_scales(weight, first, alternations)
     residual = weight - row_scales.unsqueeze(2) * first * first_scales.unsqueeze(1)
     second = signs(residual)
-    second_scales = column_scales(residual, second, row_scales) * salient
+    second_scales = _fit((residual * second).mT, row_scales) * salient
     return SignPlanes(first, second, salient, row_scales, first_scales, second_scales)
 
 
