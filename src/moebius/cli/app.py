@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from moebius.cli import errors
+from moebius.cli.chat import EXAMPLES as CHAT_EXAMPLES
+from moebius.cli.chat import chat
 from moebius.cli.compare import EXAMPLES as COMPARE_EXAMPLES
 from moebius.cli.compare import compare
 from moebius.cli.evaluate import EXAMPLES as EVALUATE_EXAMPLES
@@ -66,6 +68,7 @@ for command, examples in (
     (quantize, QUANTIZE_EXAMPLES),
     (evaluate, EVALUATE_EXAMPLES),
     (generate, GENERATE_EXAMPLES),
+    (chat, CHAT_EXAMPLES),
     (info, INFO_EXAMPLES),
     (plan, PLAN_EXAMPLES),
     (compare, COMPARE_EXAMPLES),

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moebius.cli.options import AsJson, Device, DType, Model, Quiet, model_or_reference, require_device
+from moebius.cli.options import AsJson, Device, DType, Model, Quiet, Temperature, model_or_reference, require_device
 from moebius.cli.output import note, print_json
 from moebius.errors import RecipeError
 
@@ -25,9 +25,7 @@ def generate(
         typer.Option("--prompt", "-p", help="What to continue. Default: the head of a function.", show_default=False),
     ] = None,
     tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="At most so many new tokens.")] = 64,
-    temperature: Annotated[
-        float, typer.Option("--temperature", min=0.0, help="0: the likeliest token every time; above: tokens are drawn.")
-    ] = 0.0,
+    temperature: Temperature = 0.0,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     dtype: DType = "auto",
     device: Device = "cpu",
@@ -56,4 +54,4 @@ def generate(
     if as_json:
         print_json({"model": source, "prompt": prompt, "completion": completion, "tokens": written, "seconds": seconds})
     elif not quiet:
-        note(f"{written} tokens in {seconds:.1f} s")
+        note(f"{written} tokens in {seconds:.1f} s, {written / seconds:.1f} tokens/s with reading the prompt")

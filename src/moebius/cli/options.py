@@ -40,6 +40,9 @@ Calibration = Annotated[
 Windows = Annotated[int, typer.Option(min=1, help="Windows of calibration tokens.")]
 WindowLength = Annotated[int, typer.Option(min=2, help="Tokens per window.")]
 Seed = Annotated[int, typer.Option(help="Which windows are drawn.")]
+Temperature = Annotated[
+    float, typer.Option("--temperature", min=0.0, help="0: the likeliest token every time; above: tokens are drawn.")
+]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1 ...")]
 DType = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Arithmetic; auto: as the checkpoint.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]

@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from moebius.runtime.generation import Session, end_tokens_of
 
 #: They suit a model that has read nothing but Python's documentation and sources, as the reference model has.
 PROMPTS = (
@@ -35,18 +38,40 @@ def complete(
         streamer: a transformers streamer that is fed token by token.
     """
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)  # (1, tokens)
-    torch.manual_seed(seed)
-    generate: Any = model.generate
-    with torch.inference_mode():
-        output = generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=tokens,
-            do_sample=temperature > 0,
-            temperature=temperature if temperature > 0 else None,
-            top_k=None,
-            top_p=None,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            streamer=streamer,
-        )
-    return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+    return answer(Session(model), tokenizer, ids, tokens, temperature=temperature, seed=seed, streamer=streamer)
+
+
+def answer(
+    session: Session,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Tensor,
+    tokens: int,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    streamer: Any = None,
+) -> str:
+    """The text that the model of a session puts after ``ids``, (1, tokens) int64; the rest as :func:`complete`."""
+    ends = end_tokens_of(session.model)
+    if streamer is not None:
+        streamer.put(ids)
+    written = []
+    for token in session.stream(ids, new_tokens=tokens, temperature=temperature, seed=seed, end_tokens=ends):
+        written.append(token)
+        if streamer is not None:
+            streamer.put(token)
+    if streamer is not None:
+        streamer.end()
+    return str(tokenizer.decode(torch.cat(written) if written else [], skip_special_tokens=True))
+
+
+class Shown(TextStreamer):
+    """Prints an answer as it is written, without its prompt, and remembers it in ``text``."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.text = ""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.text += text
+        super().on_finalized_text(text, stream_end)

@@ -1,0 +1,52 @@
+"""A key-value cache that grows in place: transformers' own copies everything it holds for every token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+_SPARE_TOKENS = 256
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values of one layer at the front of tensors with room for more.
+
+    ``keys`` and ``values`` are views of what is filled, so everything that transformers does with a layer still holds; where
+    it puts other tensors there (cropping, beams), the next token moves them into a room of their own.
+    """
+
+    def __init__(self, layer: DynamicLayer) -> None:
+        super().__init__()
+        self.__dict__.update(layer.__dict__)
+        self._rooms: dict[str, Tensor] = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append (batch, heads, new, width) states; returns all there are, (batch, heads, length, width)."""
+        if self.keys is None or self.values is None or self.keys.numel() == 0:
+            return super().update(key_states, value_states)
+        self.keys = self._appended("keys", self.keys, key_states)
+        self.values = self._appended("values", self.values, value_states)
+        return self.keys, self.values
+
+    def _appended(self, name: str, held: Tensor, more: Tensor) -> Tensor:
+        begin, end = held.shape[-2], held.shape[-2] + more.shape[-2]
+        room = self._rooms.get(name)
+        ours = room is not None and room.data_ptr() == held.data_ptr() and room.shape[:2] == held.shape[:2]
+        if room is None or not ours or room.shape[-2] < end:
+            room = held.new_empty(*held.shape[:-2], end + _SPARE_TOKENS, held.shape[-1])
+            room[..., :begin, :] = held
+            self._rooms[name] = room
+        room[..., begin:end, :] = more
+        return room[..., :end, :]
+
+
+def make_room(cache: Cache) -> None:
+    """Let the layers of a cache that hold every token grow in place. Other kinds (windows, recurrent states) stay."""
+    cache.layers = [RoomyLayer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+
+
+def can_go_on(cache: Cache) -> bool:
+    """Whether more than one token may follow what the cache holds: recurrent states take one at a time."""
+    return all(isinstance(layer, DynamicLayer) for layer in cache.layers)

@@ -1,0 +1,95 @@
+"""Decoding without detours: one forward pass per token, a cache that grows in place, nothing between the two."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from moebius.runtime.attention import use_single_query_attention
+from moebius.runtime.cache import can_go_on, make_room
+
+
+class Session:
+    """A model, and the text it has read and written so far: a text that goes on from there is not read again.
+
+    Args:
+        model: a causal language model of transformers, packed or not. From now on it attends through
+            :mod:`moebius.runtime.attention` where that is faster.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        use_single_query_attention(model)
+        self.model = model
+        self._cache: Cache | None = None
+        self._read: Tensor | None = None  # (batch, length), what the cache holds
+        parameters = inspect.signature(model.forward).parameters
+        self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+
+    def stream(
+        self, ids: Tensor, *, new_tokens: int, temperature: float = 0.0, seed: int = 0, end_tokens: Collection[int] = ()
+    ) -> Iterator[Tensor]:
+        """Continue texts of the same length, token by token.
+
+        Args:
+            ids: (batch, length) int64, without padding; at least one token long.
+            new_tokens: at most so many.
+            temperature: 0 takes the likeliest token every time; above, tokens are drawn.
+            seed: of the draws.
+            end_tokens: a text ends with one of them. When all have ended, so does the stream.
+
+        Yields:
+            The next token of each text, (batch,) int64; of a text that has ended, its end token again.
+        """
+        generator = torch.Generator(device=ids.device).manual_seed(seed)
+        ends = torch.tensor(sorted(end_tokens), dtype=torch.int64, device=ids.device)
+        ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        token = ids[:, -1]
+        for step in range(new_tokens):
+            logits = self._next(ids if step == 0 else token.unsqueeze(1), begins=step == 0)
+            token = torch.where(ended, token, _pick(logits, temperature, generator))
+            yield token
+            if len(ends):
+                ended = ended | torch.isin(token, ends)
+                if bool(ended.all()):
+                    return
+
+    @torch.inference_mode()
+    def _next(self, ids: Tensor, *, begins: bool) -> Tensor:
+        """Logits after these tokens, (batch, vocabulary). ``begins``: they are the whole text, not what follows."""
+        if begins:
+            ids = self._unread(ids)
+        before, self._read = self._read, None  # a pass that is interrupted leaves a cache that holds nobody knows what
+        output = self.model(input_ids=ids, past_key_values=self._cache, use_cache=True, **self._options)
+        if self._cache is None:
+            self._cache = output.past_key_values
+            make_room(self._cache)
+        self._read = ids if before is None else torch.cat([before, ids], 1)
+        return output.logits[:, -1]
+
+    def _unread(self, ids: Tensor) -> Tensor:
+        """What the cache does not hold yet of a text; all of it, and an empty cache, if the text is another one."""
+        if self._cache is not None and self._read is not None and can_go_on(self._cache):
+            length = self._read.shape[1]
+            if len(ids) == len(self._read) and ids.shape[1] > length and torch.equal(ids[:, :length], self._read):
+                return ids[:, length:]
+        self._cache = self._read = None
+        return ids
+
+
+def end_tokens_of(model: PreTrainedModel) -> set[int]:
+    """The tokens that end a text, as the model's generation settings say."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+
+
+def _pick(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    """(batch, vocabulary) to (batch,)"""
+    if temperature == 0:
+        return logits.argmax(-1)
+    return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator).squeeze(1)
