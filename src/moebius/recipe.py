@@ -54,9 +54,14 @@ class Recipe:
     allocation: str = _option("lagrangian", "solver that spreads bits over directions", ("lagrangian", "ilp"))
     gain: bool = _option(False, "scale each row so that its output keeps its variance")
     router: str = _option("keep", "keep the router in 16 bit, or binarize it with null-space scaling", ("keep", "binary"))
-    shared_experts: int = _option(16, "bits of shared experts (rounded to nearest below 16)", (16, 8, 4, 3, 2))
+    rest: str = _option(
+        "bf16",
+        "linear layers outside the experts (attention, shared experts, dense layers, head): as they are, or rounded to nearest",
+        ("bf16", "int8", "int4"),
+    )
+    shared_experts: int = _option(16, "bits of shared experts (rounded below 16; 16: as rest says)", (16, 8, 4, 3, 2))
     dense_layers: int = _option(
-        16, "bits of the MLPs of layers without experts (rounded to nearest below 16)", (16, 8, 4, 3, 2)
+        16, "bits of the MLPs of layers without experts (rounded below 16; 16: as rest says)", (16, 8, 4, 3, 2)
     )
 
     @classmethod
@@ -136,7 +141,7 @@ class MethodOptions:
 
 
 _EVERY_METHOD = frozenset(
-    {"gain", "router", "shared_experts", "dense_layers", "nges_lambda", "nges_iterations", "null_space_threshold"}
+    {"gain", "router", "rest", "shared_experts", "dense_layers", "nges_lambda", "nges_iterations", "null_space_threshold"}
     | {"damping", "layer_lean"}
 )
 

@@ -153,6 +153,8 @@ class MoeModel:
         decoder: its decoder layers, found at module path ``decoder_name``.
         shared_experts: module paths of the linear layers of experts that see every token.
         dense_mlps: module paths of the linear layers of MLPs in decoder layers without experts.
+        linears: module paths of all linear layers outside the experts, those above included; not routers, not a head that
+            is tied to the embeddings, and nothing with a single output.
     """
 
     model: PreTrainedModel
@@ -161,3 +163,4 @@ class MoeModel:
     decoder_name: str
     shared_experts: tuple[str, ...]
     dense_mlps: tuple[str, ...]
+    linears: tuple[str, ...]

@@ -27,6 +27,7 @@ from moebius.formats.graded import Graded
 from moebius.formats.integers import Integers
 from moebius.formats.planes import Planes, pack_signs
 from moebius.formats.signs import Signs
+from moebius.kernels import choice
 from moebius.kernels.routed_experts import cpu, dispatch, reference, routed_experts
 
 SIZES = (1, 31, 63, 65, 1000)
@@ -464,7 +465,7 @@ def test_a_kernel_can_be_forced(monkeypatch: pytest.MonkeyPatch, caplog: pytest.
     layer = moebius_layer(generator, 65, 31, 63, 2)
     given = inputs(generator, layer, 3, "all on one")
     wanted = reference.routed_experts(*given, *layer, gated)
-    dispatch._tell_once.cache_clear()
+    choice.tell_once.cache_clear()
     monkeypatch.setenv("MOEBIUS_KERNEL", "reference")
     with caplog.at_level("INFO", "moebius.kernels"):
         for _ in range(2):
@@ -487,7 +488,7 @@ def test_triton_is_picked_on_a_gpu_or_when_asked_for(monkeypatch: pytest.MonkeyP
     layer = moebius_layer(generator, 33, 16, 31, 2)
     given = inputs(generator, layer, 1, "all on one")
     wanted = reference.routed_experts(*given, *layer, gated)
-    dispatch._tell_once.cache_clear()
+    choice.tell_once.cache_clear()
     with caplog.at_level("INFO", "moebius.kernels"):
         monkeypatch.delenv("MOEBIUS_KERNEL", raising=False)
         assert disagreement(routed_experts(*given, *layer, gated), wanted) is None
@@ -504,7 +505,7 @@ def test_without_a_build_the_reference_runs(monkeypatch: pytest.MonkeyPatch, cap
     monkeypatch.delenv("MOEBIUS_KERNEL", raising=False)
     monkeypatch.setattr(cpu, "_cpu", None)
     monkeypatch.setattr(cpu, "_MISSING", "the compiled kernels are not there", raising=False)
-    dispatch._tell_once.cache_clear()
+    choice.tell_once.cache_clear()
     with caplog.at_level("INFO", "moebius.kernels"):
         got = routed_experts(*given, *layer, gated)
     assert torch.equal(got, reference.routed_experts(*given, *layer, gated))

@@ -28,6 +28,10 @@ Set = Annotated[
         "--set", "-s", metavar="KEY=VALUE", help="An option of the method (below). May be repeated.", show_default=False
     ),
 ]
+Rest = Annotated[
+    Literal["bf16", "int8", "int4"],
+    typer.Option("--rest", help="Linear layers outside the experts: as they are, or rounded to integers. The router stays."),
+]
 Calibration = Annotated[
     str,
     typer.Option(
@@ -75,9 +79,12 @@ def display_name(model: str | None) -> str:
     return "reference model" if model is None else Path(model).name
 
 
-def recipe_from(method: str, bits: float | None, settings: list[str] | None) -> Recipe:
-    """The recipe that ``--method``, ``--bits`` and ``--set`` describe."""
-    return Recipe.make(method, bits, **parse_settings(settings or []))
+def recipe_from(method: str, bits: float | None, settings: list[str] | None, rest: str = Recipe.rest) -> Recipe:
+    """The recipe that ``--method``, ``--bits``, ``--rest`` and ``--set`` describe."""
+    options = parse_settings(settings or [])
+    if rest != Recipe.rest and options.setdefault("rest", rest) != rest:
+        raise RecipeError(f"--rest {rest}: --set rest={options['rest']} says otherwise; give one of them")
+    return Recipe.make(method, bits, **options)
 
 
 def recipe_from_text(text: str) -> Recipe:

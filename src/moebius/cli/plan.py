@@ -10,6 +10,7 @@ from moebius.cli.options import (
     AsJson,
     Bits,
     Method,
+    Rest,
     Set,
     WindowLength,
     Windows,
@@ -46,6 +47,7 @@ def plan(
     ] = None,
     method: Method = Recipe.method,
     bits: Bits = None,
+    rest: Rest = "bf16",
     set_: Set = None,
     windows: Windows = CalibrationSettings.windows,
     window_length: WindowLength = CalibrationSettings.window_length,
@@ -56,7 +58,7 @@ def plan(
     Sizes are exact: they count the tensors that quantize would write. Memory is an estimate from shapes; the interpreter and
     its libraries, half a gigabyte, come on top.
     """
-    recipe = recipe_from(method, bits, set_)
+    recipe = recipe_from(method, bits, set_, rest)
     source = model_or_reference(model)
 
     from moebius.cli.loading import quiet_transformers

@@ -15,6 +15,7 @@ from moebius.cli.options import (
     Method,
     Model,
     Quiet,
+    Rest,
     Seed,
     Set,
     WindowLength,
@@ -36,6 +37,8 @@ moebius quantize
 
 moebius quantize allenai/OLMoE-1B-7B-0924 --method mobie --set gain=true --out OLMoE-1bit
 
+moebius quantize ./model --bits 0.75 --rest int8
+
 moebius quantize ./model --method gptq --bits 2 --calibration wikitext2 --windows 128 --window-length 2048
 
 {options_help()}"""
@@ -45,6 +48,7 @@ def quantize(
     model: Model = None,
     method: Method = Recipe.method,
     bits: Bits = None,
+    rest: Rest = "bf16",
     set_: Set = None,
     calibration: Calibration = CalibrationSettings.text,
     windows: Windows = CalibrationSettings.windows,
@@ -63,7 +67,7 @@ def quantize(
     Finished layers are kept in a hidden folder beside the output: a run that was stopped goes on where it was when the same
     command is given again. The output folder appears at the end, complete.
     """
-    recipe = recipe_from(method, bits, set_)
+    recipe = recipe_from(method, bits, set_, rest)
     settings = calibration_from(calibration, windows, window_length, seed)
     source = model_or_reference(model)
     folder = require_free(out or default_folder(source, recipe))

@@ -13,7 +13,7 @@ from moebius.calibrate.layerwise import STATES_IN_MEMORY, states_bytes
 from moebius.checkpoint.reader import SourceCheckpoint
 from moebius.evaluate.size import ModelSize, ModuleSize, experts_per_token, file_bytes, folder_bytes, packed_module
 from moebius.methods import METHODS
-from moebius.methods.linear import plan_linear
+from moebius.methods.linear import packed_linears, plan_linear
 from moebius.methods.router import plan_router
 from moebius.models.load import skeleton
 from moebius.recipe import CalibrationSettings, Recipe
@@ -137,11 +137,10 @@ def _size_after(moe: MoeModel, before: ModelSize, recipe: Recipe) -> ModelSize:
         for projection in PROJECTIONS
     ]
     replaced: list[Tensor] = []
-    for names, bits in ((moe.shared_experts, recipe.shared_experts), (moe.dense_mlps, recipe.dense_layers)):
-        for name in names if bits < 16 else ():
-            weight = moe.model.get_parameter(f"{name}.weight")
-            modules.append(packed_module(name, plan_linear((weight.shape[0], weight.shape[1]), bits)))
-            replaced.append(weight)
+    for name, bits in packed_linears(moe, recipe).items():
+        weight = moe.model.get_parameter(f"{name}.weight")
+        modules.append(packed_module(name, plan_linear((weight.shape[0], weight.shape[1]), bits)))
+        replaced.append(weight)
     if recipe.router == "binary":
         for layer in moe.moe_layers:
             if layer.router_name is not None:

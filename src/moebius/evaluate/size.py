@@ -28,7 +28,7 @@ class ModuleSize:
 
     Attributes:
         name: module path, such as ``model.layers.0.mlp.experts.gate_up_proj``.
-        kind: ``"experts"``, or ``"other"`` for a router, a shared expert or a dense layer that was quantized on request.
+        kind: ``"experts"``, or ``"other"`` for a router or a linear layer that was quantized on request.
         description: its formats, such as ``"signs + left integers (8 bit)"``.
         shape: of the original weights; (experts, out, in), or (1, out, in).
         stored_bits: of all its tensors.

@@ -38,6 +38,13 @@ def pack(values: Tensor, bits: int) -> Tensor:
         raise ShapeError(f"pack: got a value of {int(values.max())}, wanted less than 2**{bits}")
     if bits == 8:
         return values.contiguous()
+    if bits in (1, 2, 4):  # values do not straddle bytes: no bit needs a byte of its own on the way
+        each = 8 // bits
+        places = torch.nn.functional.pad(values, (0, -columns % each)).unflatten(-1, (-1, each))
+        packed = places[..., 0].clone()
+        for place in range(1, each):
+            packed |= places[..., place] << (bits * place)
+        return packed
     shifts = torch.arange(bits, dtype=kind, device=values.device)
     stream = ((values.unsqueeze(-1) >> shifts) & 1).to(torch.uint8).flatten(-2)  # (..., columns * bits), lowest bit first
     stream = torch.nn.functional.pad(stream, (0, packed_width(columns, bits) * 8 - columns * bits))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,8 @@ def describe(model: PreTrainedModel) -> MoeModel:
                 shared.append(path)
             if index not in with_experts and parts[-1] in _MLP_LINEARS:
                 dense.append(path)
-    return MoeModel(model, tuple(layers), decoder, decoder_name, tuple(shared), tuple(dense))
+    linears = _linears_outside(model, layers)
+    return MoeModel(model, tuple(layers), decoder, decoder_name, tuple(shared), tuple(dense), linears)
 
 
 def check_coverage(moe: MoeModel, quantized: Collection[str]) -> None:
@@ -179,6 +180,18 @@ def _router_name(model: nn.Module, experts_name: str, layout: ExpertsLayout) -> 
             # Experts in a latent space have another width than their router: the width only ranks.
             found.append((name.count("."), weight.shape[1] != layout.hidden, name))
     return f"{block_name}.{min(found)[2]}" if found else None
+
+
+def _linears_outside(model: PreTrainedModel, layers: Sequence[MoeLayer]) -> tuple[str, ...]:
+    """Linear layers outside of experts and routers that have a matrix of their own, in the order of the modules."""
+    experts = tuple(f"{layer.name}." for layer in layers)
+    routers = {layer.router_name for layer in layers}
+    head = model.get_output_embeddings() if model.config.get_text_config().tie_word_embeddings else None
+    return tuple(
+        name
+        for name, linear in _linears(model)
+        if linear.out_features > 1 and linear is not head and name not in routers and not name.startswith(experts)
+    )
 
 
 def _linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:

@@ -22,7 +22,7 @@ from moebius.errors import CheckpointError, UnsupportedModelError
 from moebius.formats import Packed, PackedProjection
 from moebius.methods import METHODS
 from moebius.methods.base import Method
-from moebius.methods.linear import quantize_linear
+from moebius.methods.linear import packed_linears, quantize_linear
 from moebius.methods.router import quantize_router
 from moebius.models.layout import read_weights
 from moebius.models.load import check_coverage, load_moe_model
@@ -153,7 +153,7 @@ class _Job:
                 name, (packed_layer, entry) = stats.name, self._pack_layer(layers[stats.name], stats)
                 del stats  # one layer's statistics in memory, not two
                 yield name, packed_layer, entry
-        for name, bits in self._linears().items():
+        for name, bits in packed_linears(self.moe, self.recipe).items():
             if name not in finished:
                 weight = self.moe.model.get_parameter(f"{name}.weight").detach().to(self.device)
                 packed = quantize_linear(weight, bits)
@@ -169,13 +169,7 @@ class _Job:
 
     def unit_names(self) -> list[str]:
         """Every unit, in the order of the report."""
-        return [layer.name for layer in self.moe.moe_layers] + list(self._linears())
-
-    def _linears(self) -> dict[str, int]:
-        """Linears outside the experts that were asked for, with their bits."""
-        shared = dict.fromkeys(self.moe.shared_experts, self.recipe.shared_experts)
-        dense = dict.fromkeys(self.moe.dense_mlps, self.recipe.dense_layers)
-        return {name: bits for name, bits in {**shared, **dense}.items() if bits < 16}
+        return [layer.name for layer in self.moe.moe_layers] + list(packed_linears(self.moe, self.recipe))
 
     def _request(self) -> StatisticsRequest:
         gradients = self.needs == "gradients"

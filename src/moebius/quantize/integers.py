@@ -11,6 +11,9 @@ from torch import Tensor
 from moebius.formats.integers import Integers
 from moebius.quantize.feedback import columns_with_feedback
 
+#: Shares of the largest magnitude of a group that its levels may span.
+_CLIPPING = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6)
+
 
 @dataclass(frozen=True)
 class IntegerCodes:
@@ -70,6 +73,27 @@ def round_to_nearest(weight: Tensor, bits: int, group_size: int) -> IntegerCodes
     return IntegerCodes(torch.cat(codes, 2), torch.cat(scales, 2), torch.cat(zeros, 2) if bits > 1 else None, bits, group_size)
 
 
+def round_symmetrically(weight: Tensor, bits: int, group_size: int) -> IntegerCodes:
+    """Round every entry to the nearest of levels that lie symmetrically around zero, spaced so that a group errs least.
+
+    Args:
+        weight: (experts, rows, columns) float32.
+        bits: 1 to 8.
+        group_size: columns per group.
+    """
+    most, codes, scales = 2**bits - 1, [], []
+    for group in weight.split(group_size, dim=2):
+        peaks = group.abs().amax(2, keepdim=True)
+        least, best = torch.full_like(peaks, torch.inf), peaks
+        for share in _CLIPPING:
+            scale = (peaks * (share * 2 / most)).half().float()  # as it is stored: codes must fit it
+            error = (group - (_symmetric(group, scale, most) - most / 2) * scale).square_().sum(2, keepdim=True)
+            least, best = torch.minimum(error, least), torch.where(error < least, scale, best)
+        codes.append(_symmetric(group, best, most).to(torch.uint8))
+        scales.append(best)
+    return IntegerCodes(torch.cat(codes, 2), torch.cat(scales, 2), None, bits, group_size)
+
+
 def round_with_feedback(weight: Tensor, factor: Tensor, bits: int, group_size: int, block_size: int) -> IntegerCodes:
     """GPTQ: round column by column, each error pushed into the columns after it.
 
@@ -98,6 +122,11 @@ def round_with_feedback(weight: Tensor, factor: Tensor, bits: int, group_size: i
 
     columns_with_feedback(updated, factor, block_size, quantize)
     return IntegerCodes(codes, torch.cat(scales, 2), torch.cat(zeros, 2) if bits > 1 else None, bits, group_size)
+
+
+def _symmetric(values: Tensor, scale: Tensor, most: int) -> Tensor:
+    """The nearest codes from 0 to ``most`` of levels around zero, as floats."""
+    return (torch.where(scale > 0, values / scale, 0) + most / 2).round_().clamp_(0, most)
 
 
 def _levels(group: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moebius.formats import Packed, PackedProjection
 from moebius.kernels.routed_experts import prepare
-from moebius.runtime.packed_module import PackedMixin, PackedTensors, packed_of, swap
+from moebius.runtime.packed_module import PackedMixin, PackedTensors, Watched, packed_of, swap
 from moebius.types import ExpertsLayout
 
 
@@ -53,20 +53,18 @@ class _Ready:
     def __init__(self, module: nn.Module, activation: Callable[[Tensor], Tensor]) -> None:
         self.gate_up, self.down = packed_projections(module)
         self.experts = prepare(self.gate_up, self.down, activation)
-        # This is asked in every layer for every token: dictionaries are faster than walking through modules.
         layout = packed_layout(module)
         parents = [(module._modules, name) for name in (layout.gate_up_name, layout.down_name)]
         parents += [(part._modules, name) for part in _projection_tensors(module) for name in part._modules]
         self.modules = [(holder, name, holder[name]) for holder, name in parents]
-        holders = [(part._buffers, name) for _, _, part in self.modules if part is not None for name in part._buffers]
-        self.buffers = [(holder, name, t, _version(t)) for holder, name in holders if (t := holder[name]) is not None]
+        self.buffers = Watched(part for _, _, part in self.modules if part is not None)
 
     def holds(self) -> bool:
         """Whether no module and no buffer was replaced or written to since."""
         for holder, name, part in self.modules:
             if holder.get(name) is not part:
                 return False
-        return all(holder.get(name) is t and _version(t) == version for holder, name, t, version in self.buffers)
+        return self.buffers.unchanged()
 
 
 #: By module, and outside of it: it is neither saved, nor copied, nor moved.
@@ -78,10 +76,6 @@ def _ready(module: PackedExpertsMixin, activation: Callable[[Tensor], Tensor]) -
     if ready is None or not ready.holds():
         ready = _READY[module] = _Ready(module, activation)
     return ready
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _bias(projection: PackedProjection, own: Tensor | None) -> Tensor | None:

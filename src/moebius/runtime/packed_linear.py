@@ -1,15 +1,17 @@
-"""Modules with one packed ``weight``: routers, and the linear layers of shared experts and dense MLPs."""
+"""Modules with one packed ``weight``: routers, and linear layers outside the experts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from moebius.formats import Packed
-from moebius.runtime.packed_module import PackedMixin, move, packed_of, register, swap
+from moebius.kernels.packed_linear import Linear, prepare
+from moebius.runtime.packed_module import PackedMixin, Watched, move, packed_of, register, swap
 
 
 class PackedWeightMixin(PackedMixin):
@@ -32,6 +34,27 @@ class PackedWeightMixin(PackedMixin):
         return self
 
 
+class PackedLinearMixin(PackedWeightMixin):
+    """A linear layer that multiplies from its packed bytes."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(..., in) to (..., out), in the dtype of the inputs."""
+        module: Any = self
+        outputs = _ready(self)(inputs.reshape(-1, inputs.shape[-1])).view(*inputs.shape[:-1], -1)
+        return outputs if module.bias is None else outputs + module.bias
+
+
+#: By module, and outside of it: the layer in the hands of a kernel, and the buffers that it reads.
+_READY: WeakKeyDictionary[nn.Module, tuple[Watched, Linear]] = WeakKeyDictionary()
+
+
+def _ready(module: PackedLinearMixin) -> Linear:
+    found = _READY.get(module)
+    if found is None or not found[0].unchanged():
+        found = _READY[module] = Watched([module]), prepare(packed_of(module))
+    return found[1]
+
+
 def pack_weight(module: nn.Module, packed: Packed) -> None:
     """Turn a module with a parameter ``weight`` into a packed one, in place.
 
@@ -43,7 +66,7 @@ def pack_weight(module: nn.Module, packed: Packed) -> None:
     module.weight_dtype = weight.dtype
     del module.weight
     register(module, packed)
-    swap(module, PackedWeightMixin)
+    swap(module, PackedLinearMixin if isinstance(module, nn.Linear) else PackedWeightMixin)
 
 
 def unpack_weight(module: PackedWeightMixin, dtype: torch.dtype) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -43,6 +43,23 @@ def packed_of(module: nn.Module) -> Packed:
     names: Any = module._packed_names
     spec: Any = module._packed_spec
     return from_tensors(spec, {name: getattr(module, name) for name in names})
+
+
+class Watched:
+    """Buffers of some modules as they were when a kernel took them."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        # This is asked in every layer for every token: dictionaries are faster than walking through modules.
+        holders = [(module._buffers, name) for module in modules for name in module._buffers]
+        self._buffers = [(holder, name, t, _version(t)) for holder, name in holders if (t := holder[name]) is not None]
+
+    def unchanged(self) -> bool:
+        """Whether no buffer was replaced or written to since."""
+        return all(holder.get(name) is t and _version(t) == version for holder, name, t, version in self._buffers)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def move(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:

@@ -34,6 +34,9 @@ except ImportError as error:  # installed where there was no C++ compiler
 #: Tokens up to which reading bits for each token is faster than unpacking them once: of an expert, and of a shared factor.
 _FEW_TOKENS, _FEW_STATES = 8, 8
 
+#: Groups of columns that share a scale divide this (kGroupSpan).
+_GROUP_SPAN = 2048
+
 _scratch = threading.local()
 _level: Any = _cpu and _cpu.level(_cpu.levels()[0])
 
@@ -62,10 +65,20 @@ def use_level(name: str) -> None:
     _level = _cpu.level(name)
 
 
+def missing() -> str | None:
+    """Why the compiled kernels are not there; None if they are."""
+    return _MISSING if _cpu is None else None
+
+
+def product_dtype(inputs: torch.dtype) -> torch.dtype:
+    """What dense products for these inputs are computed in: bf16 only where that is asked for and fast."""
+    return torch.bfloat16 if inputs == torch.bfloat16 and _cpu.multiplies_bf16() else torch.float32
+
+
 def refusal(gate_up: PackedProjection, down: PackedProjection, activation: Callable[[Tensor], Tensor]) -> str | None:
     """What keeps :func:`prepare` from running a layer, in words; None if nothing does. Any activation will do."""
-    if _cpu is None:
-        return _MISSING
+    if missing() is not None:
+        return missing()
     for name, projection in (("gate_up", gate_up), ("down", down)):
         factor = projection.factor
         if not isinstance(factor, (Planes, Signs)):
@@ -109,7 +122,7 @@ class CpuExperts:
     ) -> Tensor:
         """As the reference: (tokens, hidden), (tokens, top_k), (tokens, top_k) to (tokens, hidden)."""
         tokens, top_k = top_k_index.shape
-        dtype = torch.bfloat16 if hidden.dtype == torch.bfloat16 and _cpu.multiplies_bf16() else torch.float32
+        dtype = product_dtype(hidden.dtype)
         slots, weights = top_k_index.reshape(-1).long().contiguous(), top_k_weights.float()
         few, many = _by_count(slots, self.experts)
         inputs = self._shared("gate_up.right", hidden.float(), dtype)
@@ -261,17 +274,26 @@ class _Signs(_Kernel):
 
 
 class _Codes(_Kernel):
-    """One matrix whose directions have a scale each: ``runs`` of bits, and how many directions have them."""
+    """One matrix whose directions have scales: one each, or one for every ``group`` entries. ``runs``: bits, and how many
+    directions have them.
+    """
 
-    def __init__(self, packed: Packed, codes: Tensor, scales: Tensor, runs: list[tuple[int, int]], side: str) -> None:
+    def __init__(
+        self, packed: Packed, codes: Tensor, scales: Tensor, runs: list[tuple[int, int]], side: str, group: int = 0
+    ) -> None:
         self.rows, self.input = packed.rows, side == "input"
         self.shape = (packed.rows, packed.columns) if self.input else (packed.columns, packed.rows)
+        self.group = group
         self.held = codes.contiguous(), scales.float().flatten().contiguous()
         addresses = self.held[0].data_ptr(), self.held[0].numel(), self.held[1].data_ptr()
-        self.factor = _cpu.codes(self.input, *self.shape, runs, *addresses)
+        self.groups = self.held[1].numel() // self.shape[0]
+        self.factor = _cpu.codes(self.input, *self.shape, runs, *addresses, group or self.shape[1])
 
     def dense(self, matrix: int, inputs: Tensor, dtype: torch.dtype) -> Tensor:
         directions, half = self._unpacked(matrix, *self.shape, dtype), 0.5 * self.held[1]
+        if self.groups > 1:
+            spread = half.to(dtype).view(-1, self.groups).repeat_interleave(self.group, dim=1)[:, : self.shape[1]]
+            return (inputs.to(dtype) @ (directions * spread).mT).float()
         if self.input:
             return (inputs.to(dtype) @ directions.mT).float() * half
         return ((inputs * half).to(dtype) @ directions).float()
@@ -299,10 +321,22 @@ def _kernel(packed: Packed) -> _Kernel:
         assert packed.codes is not None and packed.scale_codes is not None and packed.scale_grid is not None
         scales = decode(packed.scale_codes, packed.scale_grid)
         return _Codes(packed, packed.codes, scales, packed.runs(), packed.side)
-    if isinstance(packed, Integers) and packed.groups == 1 and not packed.zero_points:
-        assert packed.codes is not None and packed.scales is not None
-        return _Codes(packed, packed.codes, packed.scales, [(packed.bits, packed.rows)], "input")
+    if isinstance(packed, Integers) and reads(packed):
+        return codes_of(packed)
     return _Unpacked(packed)
+
+
+def reads(packed: Integers) -> bool:
+    """Whether the kernels read these integers: symmetric ones, with scales of whole rows or of groups that suit them."""
+    group = packed.group_size
+    return not packed.zero_points and (packed.groups == 1 or (group % 64 == 0 and _GROUP_SPAN % group == 0))
+
+
+def codes_of(packed: Integers) -> _Codes:
+    """The kernel for integers that :func:`reads` lets through, a batch of one."""
+    assert packed.codes is not None and packed.scales is not None
+    group = packed.group_size if packed.groups > 1 else 0
+    return _Codes(packed, packed.codes, packed.scales, [(packed.bits, packed.rows)], "input", group)
 
 
 def _check_widths(packed: Planes, widths: Tensor) -> None:

@@ -7,26 +7,17 @@ also has ``prepare(gate_up, down)``, which returns an :class:`Experts`.
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from types import ModuleType
 from typing import Protocol
 
 from torch import Tensor
 
-from moebius.errors import KernelError
 from moebius.formats import PackedProjection
+from moebius.kernels import choice
 from moebius.kernels.routed_experts import reference
-
-#: Set to the name of a backend, it is used or an error is raised.
-VARIABLE = "MOEBIUS_KERNEL"
-#: The fastest first.
-BACKENDS = ("triton", "cpu", "reference")
-
-_log = logging.getLogger("moebius.kernels")
 
 
 class Experts(Protocol):
@@ -50,17 +41,11 @@ def prepare(gate_up: PackedProjection, down: PackedProjection, activation: Calla
     Raises:
         KernelError: if ``MOEBIUS_KERNEL`` names a backend that does not exist, is not there or cannot run the layer.
     """
-    forced = os.environ.get(VARIABLE, "")
-    if forced and forced not in BACKENDS:
-        raise KernelError(f"{VARIABLE}: got {forced!r}, wanted one of {', '.join(BACKENDS)}, or nothing for the fastest")
-    refusals: list[str] = []
-    for name in (forced,) if forced else BACKENDS:
-        reason = _refusal(name, gate_up, down, activation, forced=bool(forced))
-        if reason is None:
-            _tell(name, gate_up, down, f"{VARIABLE} asks for it" if forced else "; ".join(refusals) or "it is the fastest")
-            return _prepared(name, gate_up, down)
-        refusals.append(f"{name}: {reason}")
-    raise KernelError(f"{VARIABLE}={forced} cannot run this layer: {refusals[0]}; unset it to use what can")
+    asked = choice.forced()
+    refusal = partial(_refusal, gate_up=gate_up, down=down, activation=activation, forced=bool(asked))
+    name, reason = choice.choose(choice.BACKENDS, refusal, asked)
+    _tell(name, gate_up, down, reason)
+    return _prepared(name, gate_up, down)
 
 
 def routed_experts(
@@ -79,7 +64,7 @@ def routed_experts(
 
 
 def _refusal(
-    name: str, gate_up: PackedProjection, down: PackedProjection, activation: Callable[[Tensor], Tensor], *, forced: bool
+    name: str, *, gate_up: PackedProjection, down: PackedProjection, activation: Callable[[Tensor], Tensor], forced: bool
 ) -> str | None:
     if name == "reference":
         return None
@@ -128,9 +113,4 @@ def _module(name: str) -> ModuleType | str:
 def _tell(name: str, gate_up: PackedProjection, down: PackedProjection, reason: str) -> None:
     module = _module(name) if name == "cpu" else None
     level = f" ({module.level()})" if isinstance(module, ModuleType) else ""
-    _tell_once(f"experts of {gate_up.factor.name} and {down.factor.name}: {name} kernels{level}, because {reason}")
-
-
-@cache
-def _tell_once(message: str) -> None:
-    _log.info(message)
+    choice.tell_once(f"experts of {gate_up.factor.name} and {down.factor.name}: {name} kernels{level}, because {reason}")

@@ -52,8 +52,8 @@ void apply(const Factor& factor, uintptr_t inputs, uintptr_t outputs, uintptr_t 
 }
 
 CodesTensors codes_tensors(int directions, int entries, const std::vector<std::pair<int, int>>& grades, uintptr_t codes,
-                           int64_t bytes, uintptr_t scales) {
-  CodesTensors tensors{directions, entries, {}, at<const uint8_t>(codes), bytes, at<const float>(scales)};
+                           int64_t bytes, uintptr_t scales, int group) {
+  CodesTensors tensors{directions, entries, {}, at<const uint8_t>(codes), bytes, at<const float>(scales), group};
   for (const auto& [bits, count] : grades) tensors.grades.push_back({bits, count});
   return tensors;
 }
@@ -123,8 +123,8 @@ NB_MODULE(_cpu, m) {
                   at<const float>(salient_scales)});
   });
   m.def("codes", [](bool input, int directions, int entries, const std::vector<std::pair<int, int>>& grades, uintptr_t codes,
-                    int64_t bytes, uintptr_t scales) {
-    const CodesTensors tensors = codes_tensors(directions, entries, grades, codes, bytes, scales);
+                    int64_t bytes, uintptr_t scales, int group) {
+    const CodesTensors tensors = codes_tensors(directions, entries, grades, codes, bytes, scales, group);
     return input ? codes_input(tensors) : codes_output(tensors);
   });
 }

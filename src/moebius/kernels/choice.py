@@ -1,0 +1,55 @@
+"""Which implementation of an op runs: the fastest one that can, or the one that the environment asks for."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from functools import cache
+
+from moebius.errors import KernelError
+
+#: Set to the name of a backend, it is used or an error is raised.
+VARIABLE = "MOEBIUS_KERNEL"
+#: Of any op.
+BACKENDS = ("triton", "cpu", "reference")
+
+_log = logging.getLogger("moebius.kernels")
+
+
+def forced() -> str:
+    """The backend that the environment asks for, or nothing.
+
+    Raises:
+        KernelError: if ``MOEBIUS_KERNEL`` is no name of a backend.
+    """
+    name = os.environ.get(VARIABLE, "")
+    if name and name not in BACKENDS:
+        raise KernelError(f"{VARIABLE}: got {name!r}, wanted one of {', '.join(BACKENDS)}, or nothing for the fastest")
+    return name
+
+
+def choose(names: Sequence[str], refusal: Callable[[str], str | None], asked: str) -> tuple[str, str]:
+    """A backend, and why it was chosen.
+
+    Args:
+        names: backends of the op, the fastest first.
+        refusal: what keeps a backend from the work, in words, or None.
+        asked: a backend that was asked for, or nothing.
+
+    Raises:
+        KernelError: if the one that was asked for refuses.
+    """
+    refusals: list[str] = []
+    for name in (asked,) if asked else names:
+        reason = refusal(name)
+        if reason is None:
+            return name, f"{VARIABLE} asks for it" if asked else "; ".join(refusals) or "it is the fastest"
+        refusals.append(f"{name}: {reason}")
+    raise KernelError(f"{VARIABLE}={asked} cannot run this layer: {refusals[0]}; unset it to use what can")
+
+
+@cache
+def tell_once(message: str) -> None:
+    """Log what was chosen, once."""
+    _log.info(message)

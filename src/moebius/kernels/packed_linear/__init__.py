@@ -1,0 +1,5 @@
+"""A linear layer from its packed matrix."""
+
+from moebius.kernels.packed_linear.dispatch import Linear, prepare
+
+__all__ = ["Linear", "prepare"]

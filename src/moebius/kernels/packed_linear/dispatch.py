@@ -1,0 +1,34 @@
+"""Which implementation runs a packed linear layer. On a GPU, and for formats without kernels, it is the reference."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from moebius.formats import Packed
+from moebius.kernels import choice
+from moebius.kernels.packed_linear import cpu, reference
+
+#: The fastest first.
+BACKENDS = ("cpu", "reference")
+
+
+class Linear(Protocol):
+    """A packed linear layer, ready to run."""
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """See :func:`moebius.kernels.packed_linear.reference.packed_linear`."""
+
+
+def prepare(weight: Packed) -> Linear:
+    """The matrix in the hands of the backend that suits it. It reads these tensors as long as it lives.
+
+    Raises:
+        KernelError: as :func:`moebius.kernels.choice.choose`. A backend that has no packed linears stands for the reference.
+    """
+    asked = choice.forced()
+    asked = asked if not asked or asked in BACKENDS else "reference"
+    name, reason = choice.choose(BACKENDS, lambda name: cpu.refusal(weight) if name == "cpu" else None, asked)
+    choice.tell_once(f"linear layers of {weight.name}: {name} kernels, because {reason}")
+    return cpu.CpuLinear(weight) if name == "cpu" else lambda inputs: reference.packed_linear(inputs, weight)
