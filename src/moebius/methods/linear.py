@@ -11,7 +11,7 @@ from moebius.quantize.integers import round_symmetrically, whole_rows
 from moebius.recipe import Recipe
 from moebius.types import MoeModel
 
-_GROUP_SIZE = 128
+_GROUP_SIZE = 64
 _ROWS = 4096
 _REST_BITS = {"bf16": 16, "int8": 8, "int4": 4}
 
@@ -27,7 +27,7 @@ def packed_linears(moe: MoeModel, recipe: Recipe) -> dict[str, int]:
 def quantize_linear(weight: Tensor, bits: int) -> Packed:
     """Round a weight (out, in) to symmetric levels of ``bits`` bits; a batch of one.
 
-    Eight bits have one scale per row, fewer have one for every 128 inputs.
+    Eight bits have one scale per row, fewer have one for every 64 inputs.
     """
     group_size = _group_size(weight.shape[1], bits)
     # Some rows at a time: a head with a large vocabulary would need several copies of itself.
