@@ -51,7 +51,7 @@ def test_conditioned_hessians_lean_on_the_layer_and_are_damped() -> None:
     seen = moments(3, 5, 20)
     seen[1] = 0  # an expert without tokens
     got = conditioned(seen, lean=0.5, damping=0.1)
-    leaned = seen.double() + 0.5 * seen.double().mean(0)
+    leaned = seen + 0.5 * seen.mean(0)
     want = leaned + 0.1 * torch.diag_embed(leaned.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).expand(-1, 5))
     assert torch.allclose(got, want)
     assert (torch.linalg.eigvalsh(got) > 0).all()
@@ -66,7 +66,7 @@ def test_conditioned_keeps_groups_apart() -> None:
 
 
 def test_a_layer_without_tokens_gets_identities() -> None:
-    assert torch.equal(conditioned(torch.zeros(2, 3, 3), lean=0.1, damping=0.0), torch.eye(3).double().expand(2, 3, 3))
+    assert torch.equal(conditioned(torch.zeros(2, 3, 3), lean=0.1, damping=0.0), torch.eye(3).expand(2, 3, 3))
     assert torch.isfinite(feedback_factor(conditioned(moments(2, 9, 1), lean=0.0, damping=0.0))).all()
 
 

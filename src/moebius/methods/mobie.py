@@ -42,7 +42,7 @@ def quantize(weight: Tensor, stats: ProjectionStats | None, recipe: Recipe, proj
         if recipe.nges:
             planes = planes.scaled(*_null_space_scales(factor, planes, moments.raw(chunk), recipe))
         if recipe.gain:
-            planes = planes.scaled(row_gain(factor, planes.matrix(), hessian.float()))
+            planes = planes.scaled(row_gain(factor, planes.matrix(), hessian))
         if basis and basis.side == "output":
             planes = planes.scaled(basis.spread)
         return planes.pack()
