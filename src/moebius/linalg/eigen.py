@@ -71,12 +71,12 @@ def _leading(matrix: Tensor, threshold: float) -> Tensor | None:
         image = matrix @ space[:, -_GROWTH:]
         images = torch.cat([images, image], 1)
         if space.shape[1] % _LOOK == 0:
-            values, turns = descending_eigh(space.mT @ images)
-            count = int((values > threshold * values[0]).sum())
-            values, turns = values[:count].float(), turns[:, :count].float()
-            residual = (images @ turns - (space @ turns) * values).norm(dim=0).amax()
-            # Nothing above the threshold is missing where the space already holds as many directions again below it.
-            if count + _GROWTH <= space.shape[1] and residual < _RESIDUAL * threshold * values[0]:
+            values, turns = torch.linalg.eigh(space.mT @ images)  # ascending
+            above = values > threshold * values[-1]
+            turns = turns[:, above]
+            residual = (images @ turns - (space @ turns) * values[above]).norm(dim=0).amax()
+            # Nothing above the threshold is missing where the space has found its way below it.
+            if turns.shape[1] + _GROWTH <= space.shape[1] and residual < _RESIDUAL * threshold * values[-1]:
                 return space @ turns
         for _ in range(2):  # the first leaves rounding errors of what was nearly in the space
             image = torch.linalg.qr(image - space @ (space.mT @ image)).Q

@@ -92,7 +92,7 @@ def solve_unit_upper(upper: Tensor, roots: Tensor, wanted: Tensor) -> Tensor:
 
 
 def _lower(hessian: Tensor) -> Tensor:
-    """Cholesky factor of one Hessian, float32. What the damping leaves too close to singular for that is factored in float64."""
+    """Cholesky factor of one Hessian, float32; factored in float64 where damping leaves it too close to singular."""
     lower, failed = torch.linalg.cholesky_ex(hessian.float())
     return torch.linalg.cholesky(hessian.double()).float() if failed else lower
 

@@ -137,7 +137,7 @@ def mixed_order_with_feedback(
         block_size: see :func:`with_feedback`.
     """
     row_scales, _ = rank_one_scales(weight, signs(weight), alternations)
-    energy = row_scales.square().sum(1).clamp_min(_TINY)
+    negated, energy = -row_scales, row_scales.square().sum(1).clamp_min(_TINY)
     columns = weight.mT.contiguous()  # (experts, columns, rows): a column at a time
     first, second = (torch.ones_like(columns, dtype=torch.bool) for _ in range(2))
     first_scales, second_scales = (torch.zeros_like(columns[:, :, 0]) for _ in range(2))
@@ -146,7 +146,7 @@ def mixed_order_with_feedback(
     def plane(values: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
         """Signs of values, written down; the row scales with these signs, and the scale that fits them best."""
         torch.ge(values, 0, out=positive)
-        signed = torch.where(positive, row_scales, -row_scales)
+        signed = torch.where(positive, row_scales, negated)
         return signed, (values * signed).sum(1) / energy
 
     def binarize(column: int, values: Tensor) -> Tensor:
