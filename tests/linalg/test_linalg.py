@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from moebius.linalg.eigen import descending_eigh, used_directions
@@ -12,6 +13,7 @@ from moebius.linalg.hessian import (
     solve_unit_upper,
     unit_upper,
 )
+from moebius.linalg.products import quadratic_forms, symmetric_product
 
 
 def moments(experts: int, inputs: int, tokens: int, seed: int = 0) -> torch.Tensor:
@@ -51,7 +53,7 @@ def test_conditioned_hessians_lean_on_the_layer_and_are_damped() -> None:
     seen = moments(3, 5, 20)
     seen[1] = 0  # an expert without tokens
     got = conditioned(seen, lean=0.5, damping=0.1)
-    leaned = seen.double() + 0.5 * seen.double().mean(0)
+    leaned = seen + 0.5 * seen.mean(0)
     want = leaned + 0.1 * torch.diag_embed(leaned.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).expand(-1, 5))
     assert torch.allclose(got, want)
     assert (torch.linalg.eigvalsh(got) > 0).all()
@@ -66,7 +68,7 @@ def test_conditioned_keeps_groups_apart() -> None:
 
 
 def test_a_layer_without_tokens_gets_identities() -> None:
-    assert torch.equal(conditioned(torch.zeros(2, 3, 3), lean=0.1, damping=0.0), torch.eye(3).double().expand(2, 3, 3))
+    assert torch.equal(conditioned(torch.zeros(2, 3, 3), lean=0.1, damping=0.0), torch.eye(3).expand(2, 3, 3))
     assert torch.isfinite(feedback_factor(conditioned(moments(2, 9, 1), lean=0.0, damping=0.0))).all()
 
 
@@ -91,3 +93,36 @@ def test_large_triangles_are_inverted_in_halves() -> None:
     inverse, factor = torch.linalg.inv(hessians).float(), feedback_factor(hessians)
     assert torch.allclose(inverse_diagonal(hessians), inverse.diagonal(dim1=1, dim2=2), rtol=1e-3)
     assert (factor.mT @ factor - inverse).norm() < 1e-4 * inverse.norm()
+
+
+@pytest.mark.parametrize("rank", [20, 700])
+def test_few_directions_of_many_are_those_of_the_whole_decomposition(rank: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    vectors = torch.linalg.qr(torch.randn(700, 700, generator=generator)).Q
+    spectrum = torch.cat([torch.linspace(1, 0.02, 40), 5e-3 / torch.arange(1, 661)])
+    moment = (vectors[:, :rank] * spectrum[:rank]) @ vectors[:, :rank].mT
+    used = used_directions(moment.unsqueeze(0), 1e-2)[0]
+    wanted = vectors[:, : min(rank, 40)]
+    assert used.shape == wanted.shape
+    assert torch.allclose(used @ used.mT, wanted @ wanted.mT, atol=1e-3)
+
+
+def test_many_directions_are_found_as_well() -> None:
+    moment = torch.diag(torch.linspace(1, 0.5, 600))
+    assert used_directions(moment.unsqueeze(0), 1e-2).shape == (1, 600, 600)
+    assert used_directions(moment.unsqueeze(0), 0.8)[0].norm(dim=1).round().sum() == 240
+
+
+def test_products_from_half_of_the_work() -> None:
+    matrix, rows = torch.randn(2, 600, 30).double(), torch.randn(2, 7, 600).double()
+    gram = symmetric_product(matrix, matrix.mT)
+    assert torch.allclose(gram, matrix @ matrix.mT)
+    assert torch.allclose(quadratic_forms(rows, gram), (rows @ gram @ rows.mT).diagonal(dim1=1, dim2=2))
+
+
+def test_hessians_that_float32_cannot_factor_are_factored_in_float64() -> None:
+    hessian = torch.ones(1, 3, 3).double() + torch.diag(torch.tensor([1e-8, 2e-8, 3e-8]).double())
+    assert torch.linalg.cholesky_ex(hessian.float()).info.item() != 0
+    upper, roots = unit_upper(hessian)
+    assert torch.isfinite(upper).all() and (roots > 0).all()
+    assert torch.isfinite(inverse_diagonal(hessian)).all()

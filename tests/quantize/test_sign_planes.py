@@ -62,7 +62,7 @@ def test_deviations_of_a_product_are_found() -> None:
 
 def quantized(side: str, target: torch.Tensor, moments: torch.Tensor, counts: torch.Tensor, sweeps: int = 0) -> PlaneLevels:
     if side == "entries":
-        return over_entries(target, moments, counts, sweeps=sweeps, block_size=16)
+        return over_entries(target, moments.float(), counts, sweeps=sweeps, block_size=16)
     return over_directions(target, moments.float(), feedback_weights(moments), counts, sweeps=sweeps, block_size=16)
 
 

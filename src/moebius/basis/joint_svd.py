@@ -15,6 +15,7 @@ from moebius.formats.base import Packed, empty_like_spec
 from moebius.formats.dense import Dense
 from moebius.formats.integers import Integers
 from moebius.linalg.eigen import descending_eigh
+from moebius.linalg.products import symmetric_product
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def _gram(weight: Tensor, side: str) -> Tensor:
     gram = torch.zeros(channels, channels, dtype=torch.float64, device=weight.device)
     for matrix in weight:
         columns = matrix.double() if side == "output" else matrix.double().mT
-        gram.addmm_(columns, columns.mT)
+        gram += symmetric_product(columns, columns.mT)
     return gram
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from moebius.formats.graded import SCALE_BITS, Graded
 from moebius.formats.logarithmic import decode, encode
 from moebius.linalg.eigen import descending_eigh
+from moebius.linalg.products import quadratic_forms, symmetric_product
 
 _DAMPING = 1e-3  # of the mean eigenvalue of C: directions that no input uses cannot be whitened
 _METRIC_PULL = 0.1
@@ -53,7 +54,7 @@ def input_basis(weight: Tensor, moments: Tensor) -> WhitenedBasis:
     for matrix, moment in zip(weight, moments, strict=True):
         total += moment
         matrix = matrix.float()
-        gram += matrix.mT @ matrix
+        gram += symmetric_product(matrix.mT, matrix)
     root, inverse_root = _roots(total)
     _, vectors = descending_eigh(root.mT @ gram @ root)
     whitening = vectors.mT @ inverse_root
@@ -61,7 +62,7 @@ def input_basis(weight: Tensor, moments: Tensor) -> WhitenedBasis:
     directions = (whitening / lengths.unsqueeze(1)).float()
     back = ((root @ vectors) * lengths).float()  # the inverse of the directions
     energies = [
-        (matrix.float() @ back).square().sum(0) * ((directions @ moment.float()) * directions).sum(1)
+        (matrix.float() @ back).square().sum(0) * quadratic_forms(directions, moment.float())
         for matrix, moment in zip(weight, moments, strict=True)
     ]
     return WhitenedBasis(directions, torch.stack(energies).double())
@@ -83,7 +84,7 @@ def output_basis(weight: Tensor, moments: Tensor, metric: Tensor | None = None) 
     gram = weight.new_zeros(outputs, outputs, dtype=torch.float64)
     for matrix, moment in zip(weight, moments, strict=True):
         matrix = matrix.float()
-        gram += (matrix @ moment.float()) @ matrix.mT
+        gram += symmetric_product(matrix @ moment.float(), matrix.mT)
     root = inverse_root = torch.eye(outputs, dtype=torch.float64, device=weight.device)
     if metric is not None:
         values, vectors = descending_eigh(metric)
@@ -91,10 +92,10 @@ def output_basis(weight: Tensor, moments: Tensor, metric: Tensor | None = None) 
     gram = root @ gram @ root
     _, vectors = descending_eigh((gram + gram.mT) / 2)
     analysis, directions = (vectors.mT @ root).float(), (vectors.mT @ inverse_root).float()
-    energies = []
-    for matrix, moment in zip(weight, moments, strict=True):
-        factor = analysis @ matrix.float()
-        energies.append(((factor @ moment.float()) * factor).sum(1).clamp_min(0))
+    energies = [
+        quadratic_forms(analysis @ matrix.float(), moment.float()).clamp_min(0)
+        for matrix, moment in zip(weight, moments, strict=True)
+    ]
     return WhitenedBasis(directions / directions.norm(dim=1, keepdim=True), torch.stack(energies).double())
 
 

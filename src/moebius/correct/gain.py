@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moebius.linalg.products import quadratic_forms
+
 
 def row_gain(weight: Tensor, approximation: Tensor, moments: Tensor) -> Tensor:
     """``g_j = sqrt((W C Wᵀ)_jj / (Ŵ C Ŵᵀ)_jj)``: the factor by which each output row gets its energy back.
@@ -17,9 +19,5 @@ def row_gain(weight: Tensor, approximation: Tensor, moments: Tensor) -> Tensor:
     Returns:
         (experts, rows); one for a row whose approximation puts nothing out.
     """
-    wanted, got = _output_energy(weight, moments), _output_energy(approximation, moments)
+    wanted, got = quadratic_forms(weight, moments), quadratic_forms(approximation, moments)
     return torch.where(got > 0, (wanted / got).clamp_min(0).sqrt(), 1)
-
-
-def _output_energy(weight: Tensor, moments: Tensor) -> Tensor:
-    return ((weight @ moments) * weight).sum(2)

@@ -1,4 +1,7 @@
-"""Hessians that can be inverted: leaning on the layer, damping, and the Cholesky factor that error feedback needs."""
+"""Hessians that can be inverted: leaning on the layer, damping, and the Cholesky factor that error feedback needs.
+
+Batches are factored one Hessian at a time: what that takes in between stays in the cache, and its memory is used again.
+"""
 
 from __future__ import annotations
 
@@ -29,21 +32,18 @@ def conditioned(moments: Tensor, *, lean: float, damping: float, layer: Tensor |
         layer: (..., in, in) mean over all experts of the layer, where ``moments`` holds some of them only.
 
     Returns:
-        float64 like ``moments``. Identities where the layer saw no token at all, or no gradient.
+        As ``moments``, of the same dtype. Identities where the layer saw no token at all, or no gradient.
     """
-    layer = (layer_mean(moments) if layer is None else layer.double()).unsqueeze(0)
+    layer = (layer_mean(moments) if layer is None else layer).to(moments.dtype).unsqueeze(0)
     layer_diagonal = layer.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)  # (1, ..., 1)
-    # In place: each of these is as large as all Hessians together.
-    hessians = moments.to(torch.float64, copy=True).add_(layer, alpha=lean)
+    hessians = torch.add(moments, layer, alpha=lean)
     diagonal = hessians.diagonal(dim1=-2, dim2=-1)
     # Moments are gathered in float32: with less damping than this their rounding errors can make a Hessian indefinite.
     damping = max(damping, 1e-4)
     diagonal += torch.maximum(damping * diagonal.mean(-1, keepdim=True), 1e-10 * layer_diagonal)
-    unseen = (layer_diagonal <= 0).expand(hessians.shape[:-1])
-    if unseen.any():
-        hessians[unseen] = torch.eye(hessians.shape[-1], dtype=torch.float64, device=hessians.device).expand_as(hessians)[
-            unseen
-        ]
+    seen = layer_diagonal.unsqueeze(-1) > 0
+    if not seen.all():
+        hessians = torch.where(seen, hessians, torch.eye(hessians.shape[-1], dtype=hessians.dtype, device=hessians.device))
     return hessians
 
 
@@ -61,21 +61,27 @@ def feedback_factor(hessians: Tensor) -> Tensor:
     pushed into the columns after it (GPTQ, step 3). (..., n, n)
     """
     # With H = V D Vᵀ it is D^{-½} V⁻¹; a product of triangles is far cheaper than an inverse and its factor.
-    upper, roots = unit_upper(hessians)
-    return _inverse_lower(upper.mT).mT / roots.unsqueeze(-1)
+    factors, roots = unit_upper(hessians)
+    for factor, root in zip(factors.flatten(0, -3), roots.flatten(0, -2), strict=True):
+        torch.div(_inverse_lower(factor.mT).mT, root.unsqueeze(-1), out=factor)
+    return factors
 
 
 def inverse_diagonal(hessians: Tensor) -> Tensor:
     """Diagonal of the inverse of each Hessian. (..., n, n) to float32 (..., n)"""
-    lower = torch.linalg.cholesky(hessians).float()
-    return _inverse_lower(lower).square().sum(-2)
+    found = [_inverse_lower(_lower(hessian)).square().sum(-2) for hessian in hessians.flatten(0, -3)]
+    return torch.stack(found).view(hessians.shape[:-1])
 
 
 def unit_upper(hessians: Tensor) -> tuple[Tensor, Tensor]:
-    """``V`` (..., n, n) and ``D^½`` (..., n) of ``H = V D Vᵀ``, factored in float64 and rounded to float32."""
-    upper = torch.linalg.cholesky(hessians.flip(-2, -1)).float().flip(-2, -1)
-    roots = upper.diagonal(dim1=-2, dim2=-1).clone()
-    return upper / roots.unsqueeze(-2), roots
+    """``V`` (..., n, n) and ``D^½`` (..., n) of ``H = V D Vᵀ``, float32."""
+    uppers = torch.empty_like(hessians, dtype=torch.float32)
+    roots = uppers.new_empty(hessians.shape[:-1])
+    for hessian, upper, root in zip(hessians.flatten(0, -3), uppers.flatten(0, -3), roots.flatten(0, -2), strict=True):
+        factor = _lower(hessian.flip(0, 1)).flip(0, 1)
+        root.copy_(factor.diagonal())
+        torch.div(factor, root, out=upper)
+    return uppers, roots
 
 
 def solve_unit_upper(upper: Tensor, roots: Tensor, wanted: Tensor) -> Tensor:
@@ -83,6 +89,12 @@ def solve_unit_upper(upper: Tensor, roots: Tensor, wanted: Tensor) -> Tensor:
     half = torch.linalg.solve_triangular(upper, wanted, upper=True, unitriangular=True)
     half /= roots.square().unsqueeze(-1)
     return torch.linalg.solve_triangular(upper.mT, half, upper=False, unitriangular=True)
+
+
+def _lower(hessian: Tensor) -> Tensor:
+    """Cholesky factor of one Hessian, float32; factored in float64 where damping leaves it too close to singular."""
+    lower, failed = torch.linalg.cholesky_ex(hessian.float())
+    return torch.linalg.cholesky(hessian.double()).float() if failed else lower
 
 
 def _inverse_lower(lower: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from moebius.formats.projection import PackedProjection
 from moebius.recipe import Recipe
 from moebius.types import ProjectionStats
 
-# Hessians, their inverses and factors take a handful of float64 copies of (experts, in, in); this bounds one of them.
-_CHUNK_BYTES = 1 << 29
+# Hessians and their factors take a handful of float32 copies of (experts, in, in); this bounds one of them.
+_CHUNK_BYTES = 1 << 27
 
 
 def no_left_factor(weight: Tensor, recipe: Recipe, projection: str) -> Tensor | None:
@@ -78,5 +78,5 @@ def in_chunks(experts: int, inputs: int, quantize: Callable[[slice], Packed]) ->
 
 def chunks(experts: int, inputs: int) -> list[slice]:
     """Slices that cover the experts in order, each with as many as have Hessians that fit into memory."""
-    step = max(1, _CHUNK_BYTES // (8 * inputs * inputs))
+    step = max(1, _CHUNK_BYTES // (4 * inputs * inputs))
     return [slice(start, min(start + step, experts)) for start in range(0, experts, step)]

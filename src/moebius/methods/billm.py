@@ -60,7 +60,7 @@ def quantize_grouped(
                 )
             )
         if recipe.gain:
-            planes = planes.scaled(row_gain(some, planes.matrix(), hessian.float()))
+            planes = planes.scaled(row_gain(some, planes.matrix(), hessian))
         return planes.pack()
 
     return PackedProjection(in_chunks(experts, inputs, binarize))

@@ -99,7 +99,7 @@ def _energies(factors: Tensor, basis: JointBasis, stats: ProjectionStats, recipe
     """What each direction of each expert puts into the layer's outputs, summed over tokens. float64 (experts, directions)"""
     layer, energies = layer_mean(stats.second_moment), []
     for chunk in chunks(len(factors), stats.second_moment.shape[2]):
-        moments = _moments(stats, layer, chunk, recipe)
+        moments = _moments(stats, layer, chunk, recipe).double()
         some = factors[chunk].double()
         if basis.side == "input":
             shared = basis.shared.double()
@@ -113,7 +113,7 @@ def _gains(factors: Tensor, values: Tensor, basis: JointBasis, stats: Projection
     """See :func:`moebius.correct.gain.row_gain`, in the coordinates of the factors. (experts, rows)"""
     layer, gains = layer_mean(stats.second_moment), []
     for chunk in chunks(len(factors), stats.second_moment.shape[2]):
-        moments = _moments(stats, layer, chunk, recipe).float()
+        moments = _moments(stats, layer, chunk, recipe)
         if basis.side == "input":
             moments = basis.shared @ moments @ basis.shared.mT
         gains.append(row_gain(factors[chunk], values[chunk], moments))

@@ -27,7 +27,7 @@ def quantize(weight: Tensor, stats: ProjectionStats | None, recipe: Recipe, proj
         group_size = whole_rows(recipe.group_size, inputs)
         codes = round_with_feedback(some, feedback_factor(hessians), int(recipe.bits), group_size, recipe.block_size)
         if recipe.gain:
-            codes = codes.scaled(row_gain(some, codes.matrix(), hessians.float()))
+            codes = codes.scaled(row_gain(some, codes.matrix(), hessians))
         return codes.pack()
 
     return PackedProjection(in_chunks(experts, inputs, round_some))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from moebius.basis.joint_svd import JointBasis, joint_basis, joint_rank, shared_factor_skeleton
@@ -42,7 +43,7 @@ def quantize(weight: Tensor, stats: ProjectionStats | None, recipe: Recipe, proj
         if recipe.nges:
             planes = planes.scaled(*_null_space_scales(factor, planes, moments.raw(chunk), recipe))
         if recipe.gain:
-            planes = planes.scaled(row_gain(factor, planes.matrix(), hessian.float()))
+            planes = planes.scaled(row_gain(factor, planes.matrix(), hessian))
         if basis and basis.side == "output":
             planes = planes.scaled(basis.spread)
         return planes.pack()
@@ -124,9 +125,13 @@ def _mixed_order(factor: Tensor, hessian: Tensor, importance: Tensor, recipe: Re
 
 
 def _null_space_scales(factor: Tensor, planes: SignPlanes, moments: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    used = used_directions(moments, recipe.null_space_threshold)
     pull, iterations = recipe.nges_lambda, recipe.nges_iterations
-    return null_space_scales(factor, planes.matrix(), used, pull=pull, iterations=iterations)
+    found = []
+    for expert, weight in enumerate(factor.split(1)):  # one at a time: fifteen passes over matrices that stay in the cache
+        used = used_directions(moments[expert : expert + 1], recipe.null_space_threshold)
+        found.append(null_space_scales(weight, planes.one(expert).matrix(), used, pull=pull, iterations=iterations))
+    rows, columns = zip(*found, strict=True)
+    return torch.cat(rows), torch.cat(columns)
 
 
 METHOD = Method(quantize, plan, needs, left_factor)

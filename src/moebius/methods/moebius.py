@@ -17,6 +17,7 @@ from moebius.formats.logarithmic import encode
 from moebius.formats.planes import Planes, pack_signs
 from moebius.formats.projection import PackedProjection
 from moebius.linalg.hessian import conditioned, layer_mean, solve_unit_upper, unit_upper
+from moebius.linalg.products import quadratic_forms, symmetric_product
 from moebius.methods.base import Method, Survey, chunks
 from moebius.quantize.planes import PlaneLevels, over_directions, over_entries
 from moebius.recipe import Recipe
@@ -131,21 +132,25 @@ class _Packer:
 
     def _behind_basis(self, some: Tensor, counts: Tensor) -> PlaneLevels:
         """Factors ``B_e`` of ``W_e ≈ B_e T``: fitted to the outputs, errors pushed from direction to direction."""
-        shared, weight = self.shared[: counts.shape[1]], self.weight[some].float()
-        moments = self._conditioned(some).float()
-        passed = shared @ moments  # (experts, directions, in)
-        live = counts > 0
-        hessian = (passed @ shared.mT).mul_(live.unsqueeze(2) & live.unsqueeze(1)).double()
-        hessian.diagonal(dim1=1, dim2=2).add_((~live).double())
-        upper, roots = unit_upper(hessian)
-        hessian = hessian.float()
-        target = solve_unit_upper(upper, roots, passed @ weight.mT * live.unsqueeze(2))
+        experts, width = counts.shape
+        target = self.shared.new_zeros(experts, width, self.weight.shape[1])
+        hessian = torch.eye(width, device=target.device).repeat(experts, 1, 1)
+        upper, energy = hessian.clone(), torch.empty_like(target[:, 0])
+        for place, (expert, kept) in enumerate(zip(some.tolist(), (counts > 0).sum(1).tolist(), strict=True)):
+            shared, weight = self.shared[:kept], self.weight[expert].float()
+            moments = self._conditioned(slice(expert, expert + 1))[0]
+            passed = shared @ moments  # (kept, in)
+            mine = symmetric_product(passed, shared.mT)
+            hessian[place, :kept, :kept] = mine
+            factor, roots = unit_upper(mine.unsqueeze(0))
+            upper[place, :kept, :kept] = factor[0]
+            target[place, :kept] = solve_unit_upper(factor[0], roots[0], passed @ weight.mT)
+            if self.recipe.gain:
+                energy[place] = quadratic_forms(weight, moments)
         planes = over_directions(target, hessian, upper, counts, **self.pace)
         if self.recipe.gain:
             planes = planes.rounded_scales(self.recipe.scale_bits)
-            got = planes.factor()
-            energy = ((hessian @ got) * got).sum(1)
-            planes = planes.scaled(entries=_gain(((weight @ moments) * weight).sum(2), energy))
+            planes = planes.scaled(entries=_gain(energy, quadratic_forms(planes.factor().mT, hessian)))
         return planes
 
     def _before_basis(self, some: Tensor, counts: Tensor) -> PlaneLevels:
@@ -156,11 +161,11 @@ class _Packer:
         planes = over_entries(target, moments, counts, **self.pace)
         if self.recipe.gain:
             planes = planes.rounded_scales(self.recipe.scale_bits)
-            gain = row_gain(target, planes.factor(), moments.float())
+            gain = row_gain(target, planes.factor(), moments)
             planes = planes.scaled(directions=gain.clamp_max(_LARGEST_GAIN))
         return planes
 
-    def _conditioned(self, some: Tensor) -> Tensor:
+    def _conditioned(self, some: Tensor | slice) -> Tensor:
         recipe = self.recipe
         return conditioned(self.moments[some], lean=recipe.layer_lean, damping=recipe.damping, layer=self.layer)
 

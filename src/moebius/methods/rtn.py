@@ -26,7 +26,7 @@ def quantize(weight: Tensor, stats: ProjectionStats | None, recipe: Recipe, proj
         if recipe.gain:
             assert stats is not None
             moments = conditioned(stats.second_moment[chunk], lean=recipe.layer_lean, damping=recipe.damping, layer=layer)
-            codes = codes.scaled(row_gain(some, codes.matrix(), moments.float()))
+            codes = codes.scaled(row_gain(some, codes.matrix(), moments))
         return codes.pack()
 
     return PackedProjection(in_chunks(experts, inputs, round_some))

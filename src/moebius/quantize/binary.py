@@ -38,6 +38,10 @@ class SignPlanes:
         columns = self.first * self.column_scales.unsqueeze(1) + self.second * self.second_scales.unsqueeze(1)
         return columns * self.row_scales.unsqueeze(2)
 
+    def one(self, expert: int) -> SignPlanes:
+        """Those of one expert, a batch of one."""
+        return SignPlanes(*(getattr(self, part.name)[expert : expert + 1] for part in dataclasses.fields(self)))
+
     def scaled(self, rows: Tensor | None = None, columns: Tensor | None = None) -> SignPlanes:
         """With factors for rows (experts, rows) and columns (experts, columns) fused into the scales of both planes."""
         planes = self

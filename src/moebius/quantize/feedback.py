@@ -7,6 +7,7 @@ first column of their group is reached.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -52,16 +53,16 @@ def with_feedback(target: Tensor, weights: Tensor, block_size: int, quantize: Ca
         block_size: steps whose errors are gathered before they are pushed further.
         quantize: called with the index of a step and what it aims for, (experts, width); returns what it became.
     """
-    errors = torch.zeros_like(target)
+    errors = torch.empty_like(target)
+
+    def visit(step: int, aim: Tensor) -> None:
+        torch.sub(target[:, step], quantize(step, aim), out=errors[:, step])
+
     steps = target.shape[1]
     for start in range(0, steps, block_size):
         stop = min(start + block_size, steps)
         aims = torch.baddbmm(target[:, start:stop], weights[:, :start, start:stop].mT, errors[:, :start])
-        for step in range(start, stop):
-            aim = aims[:, step - start]
-            if step > start:
-                aim = torch.baddbmm(aim.unsqueeze(1), weights[:, None, start:step, step], errors[:, start:step]).squeeze(1)
-            errors[:, step] = target[:, step] - quantize(step, aim)
+        _in_turn(aims, weights[:, start:stop, start:stop].mT, errors[:, start:stop], start, visit)
 
 
 def with_all_errors(
@@ -81,21 +82,44 @@ def with_all_errors(
     """
     weights = hessian / hessian.diagonal(dim1=1, dim2=2).unsqueeze(2)
     errors = target - current
+
+    def visit(start: int, changes: Tensor, step: int, aim: Tensor) -> None:
+        became = quantize(step, aim)
+        torch.sub(current[:, step], became, out=changes[:, step - start])
+        current[:, step] = became
+
     steps = target.shape[1]
     for start in range(0, steps, block_size):
         stop = min(start + block_size, steps)
         aims = current[:, start:stop] + weights[:, start:stop] @ errors
         changes = torch.empty_like(aims)
-        for step in range(start, stop):
-            offset = step - start
-            aim = aims[:, offset]
-            if offset:
-                pull = weights[:, step, None, start:step]
-                aim = torch.baddbmm(aim.unsqueeze(1), pull, changes[:, :offset]).squeeze(1)
-            became = quantize(step, aim)
-            changes[:, offset] = current[:, step] - became
-            current[:, step] = became
+        _in_turn(aims, weights[:, start:stop, start:stop], changes, start, functools.partial(visit, start, changes))
         errors[:, start:stop] += changes
+
+
+def _in_turn(aims: Tensor, pulls: Tensor, errors: Tensor, first: int, visit: Callable[[int, Tensor], None]) -> None:
+    """Visit the steps of a block in order; ``visit`` writes the error of its step, which moves the aims of those after it.
+
+    Half by half: what the first half errs is pushed into the second at once, in products as dense as the order allows.
+
+    Args:
+        aims: overwritten with what the steps aimed for. (experts, steps, width)
+        pulls: how much an error (second) moves an aim (first). (experts, steps, steps)
+        errors: where ``visit`` writes them. (experts, steps, width)
+        first: the index of the first step of the block.
+        visit: called with the index of a step and its aim (experts, width).
+    """
+    steps = aims.shape[1]
+    if steps == 1:
+        visit(first, aims[:, 0])
+        return
+    half = steps // 2
+    _in_turn(aims[:, :half], pulls[:, :half, :half], errors[:, :half], first, visit)
+    if half == 1:  # a product with one row or column is far slower as such
+        aims[:, 1:].addcmul_(pulls[:, 1:, :1], errors[:, :1])
+    else:
+        aims[:, half:].baddbmm_(pulls[:, half:, :half], errors[:, :half])
+    _in_turn(aims[:, half:], pulls[:, half:, half:], errors[:, half:], first + half, visit)
 
 
 def mixed_order_with_feedback(
@@ -113,7 +137,7 @@ def mixed_order_with_feedback(
         block_size: see :func:`with_feedback`.
     """
     row_scales, _ = rank_one_scales(weight, signs(weight), alternations)
-    energy = row_scales.square().sum(1).clamp_min(_TINY)
+    negated, energy = -row_scales, row_scales.square().sum(1).clamp_min(_TINY)
     columns = weight.mT.contiguous()  # (experts, columns, rows): a column at a time
     first, second = (torch.ones_like(columns, dtype=torch.bool) for _ in range(2))
     first_scales, second_scales = (torch.zeros_like(columns[:, :, 0]) for _ in range(2))
@@ -122,7 +146,7 @@ def mixed_order_with_feedback(
     def plane(values: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
         """Signs of values, written down; the row scales with these signs, and the scale that fits them best."""
         torch.ge(values, 0, out=positive)
-        signed = torch.where(positive, row_scales, -row_scales)
+        signed = torch.where(positive, row_scales, negated)
         return signed, (values * signed).sum(1) / energy
 
     def binarize(column: int, values: Tensor) -> Tensor:

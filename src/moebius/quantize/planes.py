@@ -132,19 +132,17 @@ def over_entries(target: Tensor, moments: Tensor, counts: Tensor, *, sweeps: int
 
     Args:
         target: (experts, directions, entries) float32.
-        moments: (experts, entries, entries) float64, positive definite.
+        moments: positive definite. (experts, entries, entries) float32
         counts: planes. (experts, directions)
         sweeps: further passes over the entries, see :func:`moebius.quantize.feedback.with_all_errors`.
         block_size: entries whose errors are pushed on together: a matter of speed.
     """
     order = moments.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
-    entries = order.shape[1]
-    moments = moments.gather(1, order.unsqueeze(2).expand(-1, -1, entries))
-    moments = moments.gather(2, order.unsqueeze(1).expand(-1, entries, -1))
-    target = target.mT.gather(1, order.unsqueeze(2).expand(-1, -1, target.shape[1]))  # (experts, entries, directions)
+    moments = torch.stack([moment[mine][:, mine] for moment, mine in zip(moments, order, strict=True)])
+    target = torch.stack([some.mT[mine] for some, mine in zip(target, order, strict=True)])  # (experts, entries, directions)
     of_direction, of_entry = deviations(target.mT, counts > 0)
     amplitudes = _amplitudes(counts)  # of all directions, whatever the entry
-    steps = _Steps(target, moments.float(), of_entry, of_direction, lambda entry: amplitudes)
+    steps = _Steps(target, moments, of_entry, of_direction, lambda entry: amplitudes)
     steps.visit(feedback_weights(moments), sweeps, block_size)
     back = order.argsort(1)
     levels = steps.levels.gather(1, back.unsqueeze(2).expand_as(target)).mT.contiguous()
