@@ -41,9 +41,14 @@ def test_bits_of_their_own_come_first() -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
-def test_the_plan_is_what_is_stored(bits: int) -> None:
-    weight = torch.randn(70, 300, generator=Generator().manual_seed(0))
-    assert quantize_linear(weight, bits).spec() == plan_linear((70, 300), bits).spec()
+@pytest.mark.parametrize("shape", [(70, 300), (7, 40)])
+def test_layers_are_rounded_as_planned(bits: int, shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, generator=Generator().manual_seed(0))
+    packed = quantize_linear(weight, bits)
+    packed.check("layer")
+    assert packed.spec() == plan_linear(shape, bits).spec()
+    assert packed.tensors()["scales"].shape == (1, shape[0], 1 if bits == 8 else -(-shape[1] // 64))
+    assert (packed.unpack()[0] - weight).norm() / weight.norm() < 2 / (2**bits - 1)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])

@@ -10,7 +10,6 @@ import torch
 from moebius.formats import PackedProjection
 from moebius.linalg.eigen import used_directions
 from moebius.methods import METHODS, base, mobie
-from moebius.methods.linear import plan_linear, quantize_linear
 from moebius.methods.router import plan_router, quantize_router
 from moebius.quantize.binary import mixed_order
 from moebius.recipe import Recipe
@@ -213,18 +212,6 @@ def test_glas_chooses_columns_by_the_gradient() -> None:
         picked[glas] = second[:, felt].float().mean().item()
     assert picked[True] == 1.0
     assert picked[False] < 0.5
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_linear_layers_are_rounded(bits: int) -> None:
-    for shape in ((5, 300), (7, 40)):
-        weight = randn(*shape, seed=6)
-        packed = quantize_linear(weight, bits)
-        packed.check("layer")
-        assert plan_linear(shape, bits).spec() == packed.spec()
-        assert packed.tensors()["scales"].shape == (1, shape[0], -(-shape[1] // 128))
-        error = (packed.unpack()[0] - weight).norm() / weight.norm()
-        assert error < 2 / (2**bits - 1)
 
 
 def test_the_router_is_binarized_and_held_in_place() -> None:
