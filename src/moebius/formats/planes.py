@@ -124,11 +124,14 @@ class Planes(Packed):
     def skeleton(
         cls, widths: Tensor, *, side: str, directions: int, entries: int, scale_bits: int, device: torch.device | str = "meta"
     ) -> Planes:
-        """What :meth:`pack` would make of matrices with these widths, with uninitialized tensors."""
+        """What :meth:`pack` would make of matrices with these widths, with uninitialized tensors. Widths keep their values, and
+        where the others are on the meta device their place: nothing else says where planes are.
+        """
         rows, columns = _shape(side, directions, entries)
         counts = int(widths.sum()), int(widths[:, :1].sum()), int((widths[:, :1] > 0).sum())
         blank = cls(len(widths), rows, columns, side, widths.shape[1], scale_bits, *counts)
         tensors = {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in blank.expected().items()}
+        tensors["widths"] = widths.to(widths.device if tensors["signs"].is_meta else device, torch.int16).contiguous()
         return blank.replace(**tensors)
 
     @property

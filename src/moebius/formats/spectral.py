@@ -67,7 +67,7 @@ class Spectral(Packed):
             row_scales: (batch, rows), or None.
         """
         payload = codes.new_zeros(self.payload_bytes, dtype=torch.uint8)
-        for bits, units, start in self._sections(widths):
+        for bits, units, start in self.sections(widths):
             scale_bytes = scales.flatten(0, 1)[units].half().contiguous().view(torch.uint8)
             records = torch.cat([scale_bytes, pack(codes.flatten(0, 1)[units], bits)], 1)
             payload[start : start + records.numel()] = records.flatten()
@@ -83,7 +83,7 @@ class Spectral(Packed):
             0, index, torch.arange(len(index), device=widths.device)
         )
         matrices = self.payload.new_zeros(len(index) * self.directions, self.length, dtype=torch.float32)
-        for bits, units, start in self._sections(widths):
+        for bits, units, start in self.sections(widths):
             records = self.payload[start : start + len(units) * self.record_bytes(bits)].view(len(units), -1)
             matrix = place[units // self.directions]
             chosen = matrix >= 0
@@ -111,7 +111,7 @@ class Spectral(Packed):
         if self.widths is None or self.widths.is_meta:
             return
         widths = unpack(self.widths, 4, self.directions)
-        taken = sum(self.record_bytes(bits) * len(units) for bits, units, _ in self._sections(widths))
+        taken = sum(self.record_bytes(bits) * len(units) for bits, units, _ in self.sections(widths))
         if int(widths.max()) > MAX_BITS or taken > self.payload_bytes:
             raise CheckpointError(f"{where}.widths: ask for {taken} bytes of codes, wanted at most {self.payload_bytes}")
 
@@ -124,7 +124,7 @@ class Spectral(Packed):
             shapes["row_scales"] = ((self.batch, self.rows), torch.float16)
         return shapes
 
-    def _sections(self, widths: Tensor) -> Iterator[tuple[int, Tensor, int]]:
+    def sections(self, widths: Tensor) -> Iterator[tuple[int, Tensor, int]]:
         """Each width that occurs, its units (matrix · directions + direction) and where their records begin."""
         start, flat = 0, widths.flatten()
         for bits in range(1, MAX_BITS + 1):
