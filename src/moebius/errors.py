@@ -48,3 +48,7 @@ class OutputError(MoebiusError):
 
 class KernelError(MoebiusError):
     """A kernel that was asked for by name and is not there, or cannot run a layer."""
+
+
+class ResourceError(MoebiusError):
+    """Too little memory or disk for what was asked, or a process that was ended for want of it."""

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from moebius.cli import errors
+from moebius.cli.bench import EXAMPLES as BENCH_EXAMPLES
+from moebius.cli.bench import bench
 from moebius.cli.chat import EXAMPLES as CHAT_EXAMPLES
 from moebius.cli.chat import chat
 from moebius.cli.compare import EXAMPLES as COMPARE_EXAMPLES
@@ -72,6 +74,7 @@ for command, examples in (
     (info, INFO_EXAMPLES),
     (plan, PLAN_EXAMPLES),
     (compare, COMPARE_EXAMPLES),
+    (bench, BENCH_EXAMPLES),
 ):
     resumes = command in (quantize, compare)
     app.command(help=_paragraphs(command), epilog=examples)(errors.reported(command, resumes))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
+from transformers import PretrainedConfig
 
 from moebius.calibrate.layerwise import STATES_IN_MEMORY, states_bytes
 from moebius.checkpoint.reader import SourceCheckpoint
 from moebius.evaluate.size import ModelSize, ModuleSize, experts_per_token, file_bytes, folder_bytes, packed_module
+from moebius.formats import Packed, PackedProjection
 from moebius.methods import METHODS
 from moebius.methods.linear import packed_linears, plan_linear
 from moebius.methods.router import plan_router
@@ -74,11 +77,11 @@ class Plan:
         }
 
 
-def plan_model(source: str | Path, recipe: Recipe, calibration: CalibrationSettings) -> Plan:
+def plan_model(source: PretrainedConfig | str | Path, recipe: Recipe, calibration: CalibrationSettings) -> Plan:
     """Plan a run without weights.
 
     Args:
-        source: ``config.json``, a folder that holds one, or a hub name.
+        source: a config, ``config.json``, a folder that holds one, or a hub name.
         recipe: what would be done.
         calibration: how many tokens would be looked at.
 
@@ -129,26 +132,40 @@ def _original_size(moe: MoeModel) -> ModelSize:
     )
 
 
-def _size_after(moe: MoeModel, before: ModelSize, recipe: Recipe) -> ModelSize:
-    method = METHODS[recipe.method]
-    modules = [
-        packed_module(_path(layer, projection), method.plan(_shape(layer, projection), recipe, projection))
+def planned_modules(moe: MoeModel, recipe: Recipe) -> dict[str, PackedProjection | Packed]:
+    """What a recipe would put in place of which modules: path to what is stored, with tensors on the meta device."""
+    modules: dict[str, PackedProjection | Packed] = {
+        _path(layer, projection): _planned(_shape(layer, projection), recipe, projection)
         for layer in moe.moe_layers
         for projection in PROJECTIONS
-    ]
-    replaced: list[Tensor] = []
+    }
     for name, bits in packed_linears(moe, recipe).items():
-        weight = moe.model.get_parameter(f"{name}.weight")
-        modules.append(packed_module(name, plan_linear((weight.shape[0], weight.shape[1]), bits)))
-        replaced.append(weight)
+        rows, columns = moe.model.get_parameter(f"{name}.weight").shape
+        modules[name] = plan_linear((rows, columns), bits)
     if recipe.router == "binary":
         for layer in moe.moe_layers:
             if layer.router_name is not None:
-                weight = moe.model.get_parameter(f"{layer.router_name}.weight")
-                modules.append(packed_module(layer.router_name, plan_router((weight.shape[0], weight.shape[1]), recipe)))
-                replaced.append(weight)
+                rows, columns = moe.model.get_parameter(f"{layer.router_name}.weight").shape
+                modules[layer.router_name] = plan_router((rows, columns), recipe)
+    return modules
+
+
+@cache  # most layers of a model have one shape
+def _planned(shape: tuple[int, int, int], recipe: Recipe, projection: str) -> PackedProjection:
+    return METHODS[recipe.method].plan(shape, recipe, projection)
+
+
+def replaced_parameter(path: str, packed: PackedProjection | Packed) -> str:
+    """Path of the parameter that a packed module stands for."""
+    return path if isinstance(packed, PackedProjection) else f"{path}.weight"
+
+
+def _size_after(moe: MoeModel, before: ModelSize, recipe: Recipe) -> ModelSize:
+    modules = planned_modules(moe, recipe)
+    others = [name for name, packed in modules.items() if not isinstance(packed, PackedProjection)]
+    replaced = [moe.model.get_parameter(replaced_parameter(name, modules[name])) for name in others]
     return ModelSize(
-        modules=tuple(modules),
+        modules=tuple(packed_module(name, packed) for name, packed in modules.items()),
         other_weights=before.other_weights - sum(w.numel() for w in replaced),
         other_bits=before.other_bits - sum(8 * w.numel() * w.element_size() for w in replaced),
         top_k=before.top_k,

@@ -1,0 +1,299 @@
+"""The work behind ``moebius bench``: make or find the checkpoints, and measure each in a process of its own."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from moebius.cli.loading import checkpoint_folder, load_model, quiet_transformers
+from moebius.cli.process import in_process
+from moebius.errors import CheckpointError, OutputError, ResourceError
+from moebius.evaluate.plan import checkpoint_size, plan_model
+from moebius.evaluate.random_checkpoint import write_random_checkpoint
+from moebius.evaluate.roofline import StepBytes, read_bandwidth, step_bytes
+from moebius.evaluate.size import ModelSize, is_packed, packed_checkpoint_size
+from moebius.evaluate.speed import SpeedSettings, measure_speed, warm_up
+from moebius.pipeline import quantize_model
+from moebius.pipeline.memory import PeakMemory
+from moebius.progress import Progress
+from moebius.recipe import CalibrationSettings, Recipe
+
+#: What a process needs besides the weights: activations, cache, buffers of libraries.
+_SPARE_BYTES = 500_000_000
+_SPARE_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Where and how to measure.
+
+    Attributes:
+        settings: what is timed.
+        device: as torch calls it.
+        dtype: a key of :data:`moebius.cli.loading.DTYPES`.
+        threads: of PyTorch; None: as many as it takes by itself.
+    """
+
+    settings: SpeedSettings
+    device: str
+    dtype: str
+    threads: int | None
+
+
+class Bench:
+    """Measures packed models and originals, and collects what is reported.
+
+    Attributes:
+        rows: a dictionary per model and loop, ready for JSON.
+        missing: in words, what was not measured and why.
+    """
+
+    def __init__(self, conditions: Conditions, progress: Progress) -> None:
+        self.conditions, self.progress = conditions, progress
+        self.rows: list[dict[str, Any]] = []
+        self.missing: list[str] = []
+        self.machine = in_process(machine, conditions, progress=progress)
+
+    def packed(self, folder: Path) -> None:
+        """Measure a packed checkpoint, through ``moebius generate``'s loop and through transformers'."""
+        for loop in ("moebius", "transformers"):
+            self._measure("packed", folder, loop)
+
+    def original(self, folder: Path) -> None:
+        """Measure the original through transformers, if there is room for it; else say how much is wanting."""
+        try:
+            self._measure("original", folder, "transformers")
+        except ResourceError as error:
+            self.missing.append(str(error))
+
+    def _measure(self, label: str, folder: Path, loop: str) -> None:
+        size = packed_checkpoint_size(folder) if is_packed(folder) else checkpoint_size(folder)
+        require_memory(label, size.bits // 8, self.conditions.device)
+        row = in_process(measure, label, str(folder), loop, self.conditions, progress=self.progress)
+        read = step_bytes(size, blank_model(folder), self.conditions.settings.batch)
+        sizes = {"bits_per_expert_weight": size.bits_per_expert_weight, "file_bytes": size.file_bytes}
+        ratio = row["resident_bytes"] / size.file_bytes if size.file_bytes else None
+        self.rows.append({**row, **sizes, "resident_to_files": ratio, "roofline": self._roofline(read, row)})
+
+    def _roofline(self, read: StepBytes | None, row: dict[str, Any]) -> dict[str, float] | None:
+        if read is None:
+            return None
+        most = self.conditions.settings.batch * self.machine["read_bytes_per_second"] / read.total
+        share = row["decode"]["tokens_per_second"] / most
+        return {**vars(read), "bytes_per_step": read.total, "tokens_per_second": most, "share_reached": share}
+
+    def results(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return {
+            "settings": {**self.conditions.settings.to_dict(), "dtype": self.conditions.dtype},
+            "machine": self.machine,
+            "rows": self.rows,
+            "speedups": _speedups(self.rows),
+            "missing": self.missing,
+        }
+
+
+def bench_checkpoints(bench: Bench, packed: str, original: str | None) -> None:
+    """Measure a packed checkpoint and, if one is named, its original.
+
+    Raises:
+        CheckpointError: ``packed`` is not, or ``original`` is.
+    """
+    folders = [checkpoint_folder(packed), *([checkpoint_folder(original)] if original is not None else [])]
+    if not is_packed(folders[0]):
+        raise CheckpointError(f"{packed}: got a checkpoint that Moebius did not pack; pack it first: moebius quantize {packed}")
+    if original is not None and is_packed(folders[1]):
+        raise CheckpointError(f"--original {original}: got a packed checkpoint, wanted the one that it was made from")
+    bench.packed(folders[0])
+    if original is None:
+        bench.missing.append("the original: name it with --original")
+    else:
+        bench.original(folders[1])
+
+
+def bench_quantized(bench: Bench, source: str, recipe: Recipe, work: Path) -> None:
+    """Quantize a checkpoint, then measure both."""
+    quantize_model(source, work / "packed", recipe, CalibrationSettings(), progress=bench.progress)
+    bench.packed(work / "packed")
+    bench.original(Path(source))
+
+
+def bench_shape(bench: Bench, config: PretrainedConfig, recipe: Recipe, work: Path) -> None:
+    """Measure a model of random packed weights, then one of random weights in the config's dtype.
+
+    Raises:
+        ResourceError: too little memory or disk for the packed model.
+    """
+    planned = plan_model(config, recipe, CalibrationSettings())
+    for label, size, packed_as in (("packed", planned.after, recipe), ("original", planned.before, None)):
+        try:
+            require_memory(label, size.bits // 8, bench.conditions.device)
+            with _random_checkpoint(config, size, packed_as, work, bench.progress) as folder:
+                (bench.packed if packed_as else bench.original)(folder)
+        except ResourceError as error:
+            if packed_as:
+                raise
+            bench.missing.append(str(error))
+
+
+@contextmanager
+def _random_checkpoint(
+    config: PretrainedConfig, size: ModelSize, recipe: Recipe | None, work: Path, progress: Progress
+) -> Iterator[Path]:
+    """A folder with random weights, gone afterwards: there need not be room for two."""
+    free = shutil.disk_usage(work).free
+    if size.bits // 8 > free:
+        what = "original" if recipe is None else "packed"
+        raise ResourceError(
+            f"{what}: its files take {size.bits / 8e9:.1f} GB, {work} has {free / 1e9:.1f} GB free; set TMPDIR to a larger disk"
+        )
+    folder = work / "random"
+    folder.mkdir()
+    try:
+        write_random_checkpoint(config, folder, recipe, progress=progress)
+        yield folder
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written ({error.strerror or error}); set TMPDIR to another disk") from None
+    finally:
+        shutil.rmtree(folder)
+
+
+def require_memory(label: str, weights: int, device: str) -> None:
+    """Refuse a model that does not fit.
+
+    Args:
+        label: of the model.
+        weights: bytes of them.
+        device: where they go.
+
+    Raises:
+        ResourceError: says how much it takes and how much there is.
+    """
+    free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available
+    wanted = int(weights * (1 + _SPARE_SHARE)) + _SPARE_BYTES
+    if wanted > free:
+        raise ResourceError(
+            f"{label}: takes about {wanted / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free;"
+            " its figures are missing, not estimated"
+        )
+
+
+# What runs in processes of their own
+
+
+def machine(conditions: Conditions, progress: Progress) -> dict[str, Any]:
+    """What computes, and how fast it reads memory."""
+    _prepare(conditions)
+    progress.stage("bandwidth of memory", 1)
+    bandwidth = read_bandwidth(conditions.device)
+    progress.advance(f"{bandwidth / 1e9:.1f} GB/s")
+    cuda = conditions.device.startswith("cuda")
+    return {
+        "device": conditions.device,
+        "name": torch.cuda.get_device_name(conditions.device) if cuda else _processor(),
+        "threads": torch.get_num_threads(),
+        "read_bytes_per_second": bandwidth,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def measure(label: str, folder: str, loop: str, conditions: Conditions, progress: Progress) -> dict[str, Any]:
+    """Time to load, memory, and tokens per second."""
+    kernels = _prepare(conditions)
+    settings, device = conditions.settings, conditions.device
+    blank_model(folder)  # what it imports is no memory of the model
+    before, peak = _resident(device), PeakMemory()
+    progress.stage(f"{label}: loading", 1)
+    began = time.perf_counter()
+    model = load_model(folder, conditions.dtype, device)
+    load_seconds, loaded = time.perf_counter() - began, _resident(device)
+    progress.advance(f"{load_seconds:.1f} s")
+    warm_up(model, settings, loop)
+    resident = _resident(device)
+    seconds = measure_speed(model, settings, loop, progress, f"{label}, {loop}")
+    most = torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else peak.bytes()
+    return {
+        "model": label,
+        "loop": loop,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "kernels": kernels,
+        "load_seconds": load_seconds,
+        "loaded_bytes": loaded - before,
+        "resident_bytes": resident - before,
+        "peak_bytes": most - before,
+        **seconds.to_dict(settings),
+    }
+
+
+def _prepare(conditions: Conditions) -> list[str]:
+    """Threads, silence, and what the kernels will say of themselves."""
+    quiet_transformers()
+    if conditions.threads is not None:
+        torch.set_num_threads(conditions.threads)
+    said: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    log = logging.getLogger("moebius.kernels")
+    log.setLevel(logging.INFO)
+    log.addHandler(Listener())
+    # Threads and the library of products have buffers of their own.
+    torch.ones(256, 256, dtype=torch.bfloat16) @ torch.ones(256, 256, dtype=torch.bfloat16)
+    return said
+
+
+def blank_model(folder: str | Path) -> PreTrainedModel:
+    """The model of a checkpoint on the meta device, unpacked."""
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def _resident(device: str) -> int:
+    """Bytes of this process, or those that torch has allocated on a GPU."""
+    if device.startswith("cuda"):
+        return torch.cuda.memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _speedups(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Of each way to run the packed model over the original: tokens per second, and what it saves of memory and loading."""
+    original = next((row for row in rows if row["model"] == "original"), None)
+    if original is None:
+        return {}
+    faster = [name for name in ("decode", "prompt", "request") if original[name] is not None]
+    return {
+        f"packed, {row['loop']}": {
+            **{name: row[name]["tokens_per_second"] / original[name]["tokens_per_second"] for name in faster},
+            "load": original["load_seconds"] / row["load_seconds"],
+            "memory": original["resident_bytes"] / row["resident_bytes"],
+        }
+        for row in rows
+        if row["model"] == "packed"
+    }
