@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from moebius.progress import Progress, Silent
+from moebius.runtime.generation import Session
 
 _WARM_UP = (64, 4)  # tokens of a prompt, tokens after it
 
@@ -76,25 +77,15 @@ def _rates(tokens: int, seconds: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def stream_tokens(model: PreTrainedModel, ids: Tensor, *, new_tokens: int) -> Iterator[Tensor]:
-    """Stand-in for runtime.generation until it is there."""
-    model_: Any = model
-    with torch.inference_mode():
-        past = None
-        for _ in range(new_tokens):
-            out = model_(ids, past_key_values=past, use_cache=True, logits_to_keep=1)
-            past, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
-            yield ids[:, 0]
-
-
 #: From a model, ids (batch, length) and how many tokens to decode to the times of beginning and of every token.
 Loop = Callable[[PreTrainedModel, Tensor, int], list[float]]
 
 
 def streamed(model: PreTrainedModel, ids: Tensor, new: int) -> list[float]:
     """A :data:`Loop`: what ``moebius generate`` runs."""
+    session = Session(model)
     times = [time.perf_counter()]
-    for tokens in stream_tokens(model, ids, new_tokens=new):
+    for tokens in session.stream(ids, new_tokens=new):
         tokens.cpu()
         times.append(time.perf_counter())
     return times
