@@ -12,23 +12,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moebius.allocate.budget import Units, allocate
+from moebius.evaluate.roofline import fastest, read_bandwidth
 from moebius.formats import PackedProjection
 from moebius.formats.bits import packed_width
-from moebius.formats.graded import Graded
 from moebius.formats.planes import Planes
+from moebius.formats.random_contents import random_projection
 from moebius.formats.signs import Signs
 from moebius.kernels.routed_experts import cpu, prepare
-
-SCALE_BITS, GRADES = 5, (8, 6, 5, 4, 3)
+from moebius.methods import METHODS
+from moebius.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -42,81 +40,22 @@ class Shape:
     inner: int = 1024
 
 
-def moebius_layer(shape: Shape, bits: float, generator: torch.Generator) -> tuple[PackedProjection, PackedProjection]:
-    """One layer as `moebius` would store it if all experts were alike and energies fell off as 1/k."""
-    return (
-        _planes(shape, "input", 2 * shape.inner, shape.hidden, bits, generator),
-        _planes(shape, "output", shape.inner, shape.hidden, bits, generator),
-    )
-
-
-def _planes(shape: Shape, side: str, entries: int, length: int, bits: float, generator: torch.Generator) -> PackedProjection:
-    values = (1 / torch.arange(1, length + 1, dtype=torch.float64)).expand(shape.experts, -1)
-    budget = int(bits * shape.experts * entries * length / 8)
-    share = allocate([Units(values, entries, length)], budget, scale_bits=SCALE_BITS, grades=GRADES)[0]
-    blank = Planes.skeleton(
-        share.widths, side=side, directions=len(share.basis_bits), entries=entries, scale_bits=SCALE_BITS, device="cpu"
-    )
-    factor = _filled(blank, generator, widths=share.widths.to(torch.int16))
-    basis = _filled(Graded.skeleton(side=side, bits=share.basis_bits, entries=length), generator)
-    return PackedProjection(factor, **{"right" if side == "input" else "left": basis})
-
-
-def mobie_layer(shape: Shape, bits: float, generator: torch.Generator) -> tuple[PackedProjection, PackedProjection]:
-    """One layer of `mobie` with its shared factors at the hidden state (``--set side=hidden``)."""
-    from moebius.methods import mobie
-    from moebius.recipe import Recipe
-
-    recipe = Recipe.make("mobie", side="hidden")
-    up = mobie.plan((shape.experts, 2 * shape.inner, shape.hidden), recipe, "gate_up")
-    down = mobie.plan((shape.experts, shape.hidden, shape.inner), recipe, "down")
-    first, second = (
-        PackedProjection(**{name: _filled(part, generator) for name, part in projection.parts().items()})
-        for projection in (up, down)
-    )
-    return first, second
-
-
-def _filled(packed, generator: torch.Generator, **given: Tensor):  # type: ignore[no-untyped-def]
-    """Random bits where the skeleton has none; scales of about a hundredth."""
-    tensors = dict(given)
-    for name, (shape, dtype) in packed.expected().items():
-        if name in given:
-            continue
-        if dtype == torch.uint8:
-            tensors[name] = torch.empty(shape, dtype=dtype).random_(0, 256, generator=generator)
-        elif name.endswith(("grids", "grid")):
-            tensors[name] = torch.tensor([-3.0, 0.02]).half().expand(shape).contiguous()
-        else:
-            tensors[name] = torch.full(shape, 0.05, dtype=dtype)
-    if isinstance(packed, Signs) and packed.salient:
-        mask = torch.zeros(packed.batch, packed.columns, dtype=torch.bool)
-        mask[:, :: packed.columns // packed.salient][:, : packed.salient] = True
-        tensors["salient_mask"] = Signs.pack(
-            torch.zeros(packed.batch, 1, packed.columns, dtype=torch.bool),
-            torch.ones(packed.batch, 1),
-            torch.ones(packed.batch, packed.columns),
-            salient_mask=mask,
-            salient_positive=torch.zeros(packed.batch, 1, packed.columns, dtype=torch.bool),
-            salient_column_scales=torch.ones(packed.batch, packed.columns),
-        ).salient_mask
-    return packed.replace(**tensors)
+def random_layer(
+    method: str, shape: Shape, bits: float, generator: torch.Generator
+) -> tuple[PackedProjection, PackedProjection]:
+    """One layer as `moebius` would store it if all experts were alike and energies fell off as 1/k, or as `mobie` would with
+    its shared factors at the hidden state.
+    """
+    recipe = Recipe.make("moebius", bits) if method == "moebius" else Recipe.make("mobie", side="hidden")
+    plan = METHODS[method].plan
+    up = plan((shape.experts, 2 * shape.inner, shape.hidden), recipe, "gate_up")
+    down = plan((shape.experts, shape.hidden, shape.inner), recipe, "down")
+    return random_projection(up, generator), random_projection(down, generator)
 
 
 def gated(states: Tensor) -> Tensor:
     gate, up = states.chunk(2, dim=-1)
     return functional.silu(gate) * up
-
-
-def fastest(call: Callable[[], object], repeats: int) -> float:
-    """Seconds of the fastest of some calls: what others on the machine take is not ours."""
-    call()
-    seconds = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - begin)
-    return min(seconds)
 
 
 def bf16_seconds(shape: Shape, tokens: int, repeats: int, layers: int = 2) -> float:
@@ -133,12 +72,6 @@ def bf16_seconds(shape: Shape, tokens: int, repeats: int, layers: int = 2) -> fl
                 functional.linear(gated(functional.linear(hidden[mine], first[expert])), second[expert])
 
     return fastest(step, repeats) * shape.layers / layers
-
-
-def read_bandwidth(threads: int) -> float:
-    """Bytes per second of plain reading."""
-    memory = torch.ones(1 << 27, dtype=torch.int32)  # 512 MiB
-    return memory.numel() * 4 / fastest(lambda: memory.max(), 5)
 
 
 def bytes_per_token(gate_up: PackedProjection, down: PackedProjection, top_k: int) -> int:
@@ -194,8 +127,7 @@ def main() -> None:
         cpu.use_level(arguments.level)
 
     shape, generator = Shape(layers=arguments.layers), torch.Generator().manual_seed(0)
-    make = {"moebius": moebius_layer, "mobie": mobie_layer}[arguments.method]
-    layers = [make(shape, arguments.bits, generator)]
+    layers = [random_layer(arguments.method, shape, arguments.bits, generator)]
     layers += [tuple(_again(p, generator) for p in layers[0]) for _ in range(shape.layers - 1)]  # type: ignore[misc]
     ready = [prepare(*layer, gated) for layer in layers]
     hidden = torch.randn(arguments.tokens, shape.hidden, generator=generator).bfloat16()
@@ -212,7 +144,7 @@ def main() -> None:
     weights = shape.experts * 3 * shape.hidden * shape.inner
     read = bytes_per_token(*layers[0], shape.top_k) * shape.layers
     signs, codes = (n * shape.layers for n in additions_per_token(*layers[0], shape.top_k))
-    bandwidth = read_bandwidth(arguments.threads)
+    bandwidth = read_bandwidth()
     result = {
         "method": arguments.method,
         "kernel": arguments.kernel or "fastest",

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY = 257  # one token per byte, and the end of text
@@ -114,6 +114,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
+def tiny_config(name: str, **overrides: Any) -> PretrainedConfig:
+    """The config of :func:`tiny_model`."""
+    common = {k: v for k, v in _COMMON.items() if not (name == "nemotron_h" and k == "num_hidden_layers")}
+    return AutoConfig.for_model(name, **{**common, **ARCHITECTURES[name], **overrides})
+
+
 def tiny_model(name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A random float32 model in evaluation mode; the same name and seed give the same weights.
 
@@ -122,8 +128,7 @@ def tiny_model(name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
         seed: of the weights.
         overrides: fields of its config.
     """
-    common = {k: v for k, v in _COMMON.items() if not (name == "nemotron_h" and k == "num_hidden_layers")}
-    config = AutoConfig.for_model(name, **{**common, **ARCHITECTURES[name], **overrides})
+    config = tiny_config(name, **overrides)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)

@@ -95,7 +95,7 @@ def test_output_folder_that_is_not_empty(tmp_path: Path, model: Path, command: s
 
 
 @pytest.mark.usefixtures("no_models")
-@pytest.mark.parametrize("command", ["quantize", "evaluate", "generate", "info", "plan", "compare"])
+@pytest.mark.parametrize("command", ["quantize", "evaluate", "generate", "info", "plan", "compare", "bench"])
 def test_no_such_model(tmp_path: Path, command: str) -> None:
     assert "no such file or folder" in refused(command, tmp_path / "no-model")
 

@@ -36,6 +36,8 @@ moebius bench ./OLMoE-1bit --original allenai/OLMoE-1B-7B-0924
 
 moebius bench --shape olmoe-1b-7b --threads 2
 
+moebius bench --shape qwen3-30b-a3b --original-layers 8
+
 moebius bench --shape qwen1.5-moe --batch 4 --prompt 1024 --context 1024 --new 256 --device cuda
 
 The last one is the setting of MoBiE's paper, for a GPU.
@@ -76,6 +78,15 @@ def bench(
     method: Method = Recipe.method,
     bits: Bits = None,
     set_: Set = None,
+    original_layers: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="With --shape, for an original that does not fit: time so many of its layers and half as many, and draw the"
+            " line through both.",
+            show_default=False,
+        ),
+    ] = None,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompts.")] = 512,
     context: Annotated[int, typer.Option(min=1, help="Tokens before the first one that is decoded.")] = 16,
     new: Annotated[int, typer.Option(min=2, help="Tokens to decode.")] = 64,
@@ -95,7 +106,7 @@ def bench(
     the reference model or the shape is packed; a checkpoint is as it is.
     """
     recipe = recipe_from(method, bits, set_)
-    _check_what(packed, original, shape, recipe)
+    _check_what(packed, original, shape, recipe, original_layers)
     source = model_or_reference(packed)
     named_original = None if original is None else model_or_reference(original)
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
@@ -113,7 +124,7 @@ def bench(
     with progress_bars(hidden=quiet) as progress, TemporaryDirectory(prefix="moebius-bench-") as work:
         measured = Bench(conditions, progress)
         if config is not None:
-            bench_shape(measured, config, recipe, Path(work))
+            bench_shape(measured, config, recipe, Path(work), original_layers)
         elif packed is None:
             bench_quantized(measured, source, recipe, Path(work))
         else:
@@ -131,7 +142,9 @@ def bench(
         note(f"not measured: {words}")
 
 
-def _check_what(packed: str | None, original: str | None, shape: str | None, recipe: Recipe) -> None:
+def _check_what(packed: str | None, original: str | None, shape: str | None, recipe: Recipe, layers: int | None) -> None:
+    if shape is None and layers is not None:
+        raise RecipeError(f"--original-layers {layers}: got no --shape; the layers of a checkpoint are what they are")
     if packed is not None and shape is not None:
         raise RecipeError(f"--shape {shape}: got a checkpoint as well, {packed}; wanted one of them")
     if packed is not None and recipe != Recipe.make(Recipe.method):
@@ -166,17 +179,16 @@ def speed_table(results: dict[str, Any]) -> TextTable:
         f" batch {settings['batch']}, prompts of {settings['prompt']} tokens, {settings['new']} tokens decoded after"
         f" {settings['context']}, median of {settings['repeats']}{'; random weights' if results['random_weights'] else ''}"
     )
-    labels = [_LABELS[row["model"], row["loop"]] for row in rows]
+    labels = [_label(row) for row in rows]
     columns = ("", *labels, *(["packed is better"] if gains else []))
     cells = tuple((name, *texts, *([_times(gain)] if gains else [])) for name, texts, gain in figures)
     return TextTable(results["name"], columns, cells, note=note)
 
 
-_LABELS = {
-    ("packed", "moebius"): "packed",
-    ("packed", "transformers"): "packed, transformers' generate",
-    ("original", "transformers"): "original, transformers' generate",
-}
+def _label(row: dict[str, Any]) -> str:
+    layers = row["scaled_from_layers"]
+    scaled = "" if layers is None else f", scaled from {layers[0]} and {layers[1]} layers"
+    return f"{row['model']}{', transformers’ generate' if row['loop'] == 'transformers' else ''}{scaled}"
 
 
 def _rate(row: dict[str, Any], figure: str, kind: str = "") -> str:

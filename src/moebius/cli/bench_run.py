@@ -6,10 +6,11 @@ import logging
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import psutil
@@ -19,12 +20,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from moebius.cli.loading import checkpoint_folder, load_model, quiet_transformers
 from moebius.cli.process import in_process
-from moebius.errors import CheckpointError, OutputError, ResourceError
+from moebius.errors import CheckpointError, OutputError, RecipeError, ResourceError
 from moebius.evaluate.plan import checkpoint_size, plan_model
 from moebius.evaluate.random_checkpoint import write_random_checkpoint
-from moebius.evaluate.roofline import StepBytes, read_bandwidth, step_bytes
+from moebius.evaluate.roofline import read_bandwidth, step_bytes
+from moebius.evaluate.shapes import with_layers
 from moebius.evaluate.size import ModelSize, is_packed, packed_checkpoint_size
-from moebius.evaluate.speed import SpeedSettings, measure_speed, warm_up
+from moebius.evaluate.speed import Seconds, SpeedSettings, measure_speed, warm_up
 from moebius.pipeline import quantize_model
 from moebius.pipeline.memory import PeakMemory
 from moebius.progress import Progress
@@ -78,16 +80,37 @@ class Bench:
         except ResourceError as error:
             self.missing.append(str(error))
 
+    def scaled_original(self, few: Path, fewer: Path, config: PretrainedConfig, size: ModelSize) -> None:
+        """Measure an original with two numbers of its layers, and draw the line through them to all of its layers.
+
+        Args:
+            few, fewer: the checkpoints.
+            config: of the whole model.
+            size: of the whole model.
+        """
+        rows = []
+        for folder in (few, fewer):
+            require_memory("original", checkpoint_size(folder).bits // 8, self.conditions.device)
+            rows.append(in_process(measure, "original", str(folder), "transformers", self.conditions, progress=self.progress))
+        layers = [AutoConfig.from_pretrained(folder).num_hidden_layers for folder in (few, fewer)]
+        unknown = dict.fromkeys(("load_seconds", "loaded_bytes", "resident_bytes", "peak_bytes"))
+        rates = scaled_seconds(rows, layers, config.num_hidden_layers).to_dict(self.conditions.settings)
+        self._add({**rows[0], **unknown, **rates, "scaled_from_layers": layers}, size, blank_model(config))
+
     def _measure(self, label: str, folder: Path, loop: str) -> None:
         size = packed_checkpoint_size(folder) if is_packed(folder) else checkpoint_size(folder)
         require_memory(label, size.bits // 8, self.conditions.device)
         row = in_process(measure, label, str(folder), loop, self.conditions, progress=self.progress)
-        read = step_bytes(size, blank_model(folder), self.conditions.settings.batch)
-        sizes = {"bits_per_expert_weight": size.bits_per_expert_weight, "file_bytes": size.file_bytes}
-        ratio = row["resident_bytes"] / size.file_bytes if size.file_bytes else None
-        self.rows.append({**row, **sizes, "resident_to_files": ratio, "roofline": self._roofline(read, row)})
+        self._add({**row, "scaled_from_layers": None}, size, blank_model(AutoConfig.from_pretrained(folder)))
 
-    def _roofline(self, read: StepBytes | None, row: dict[str, Any]) -> dict[str, float] | None:
+    def _add(self, row: dict[str, Any], size: ModelSize, blank: PreTrainedModel) -> None:
+        files, resident = size.file_bytes or size.bits // 8, row["resident_bytes"]
+        sizes = {"bits_per_expert_weight": size.bits_per_expert_weight, "file_bytes": files}
+        ratio = None if resident is None else resident / files
+        self.rows.append({**row, **sizes, "resident_to_files": ratio, "roofline": self._roofline(row, size, blank)})
+
+    def _roofline(self, row: dict[str, Any], size: ModelSize, blank: PreTrainedModel) -> dict[str, float] | None:
+        read = step_bytes(size, blank, self.conditions.settings.batch)
         if read is None:
             return None
         most = self.conditions.settings.batch * self.machine["read_bytes_per_second"] / read.total
@@ -130,22 +153,61 @@ def bench_quantized(bench: Bench, source: str, recipe: Recipe, work: Path) -> No
     bench.original(Path(source))
 
 
-def bench_shape(bench: Bench, config: PretrainedConfig, recipe: Recipe, work: Path) -> None:
+def bench_shape(bench: Bench, config: PretrainedConfig, recipe: Recipe, work: Path, original_layers: int | None = None) -> None:
     """Measure a model of random packed weights, then one of random weights in the config's dtype.
+
+    Args:
+        bench: takes the figures.
+        config: of the model.
+        recipe: how it is packed.
+        work: a folder for checkpoints.
+        original_layers: layers of the original; it is measured with half of them as well, and scaled up. None: all.
 
     Raises:
         ResourceError: too little memory or disk for the packed model.
     """
     planned = plan_model(config, recipe, CalibrationSettings())
-    for label, size, packed_as in (("packed", planned.after, recipe), ("original", planned.before, None)):
-        try:
-            require_memory(label, size.bits // 8, bench.conditions.device)
-            with _random_checkpoint(config, size, packed_as, work, bench.progress) as folder:
-                (bench.packed if packed_as else bench.original)(folder)
-        except ResourceError as error:
-            if packed_as:
-                raise
-            bench.missing.append(str(error))
+    require_memory("packed", planned.after.bits // 8, bench.conditions.device)
+    with _random_checkpoint(config, planned.after, recipe, work, bench.progress) as folder:
+        bench.packed(folder)
+    try:
+        if original_layers is not None:
+            _bench_fewer_layers(bench, config, planned.before, work, original_layers)
+            return
+        require_memory("original", planned.before.bits // 8, bench.conditions.device)
+        with _random_checkpoint(config, planned.before, None, work, bench.progress) as folder:
+            bench.original(folder)
+    except ResourceError as error:
+        bench.missing.append(f"{error}; --original-layers measures fewer layers and scales up")
+
+
+def _bench_fewer_layers(bench: Bench, config: PretrainedConfig, size: ModelSize, work: Path, layers: int) -> None:
+    if not 2 <= layers <= config.num_hidden_layers:
+        raise RecipeError(f"--original-layers {layers}: wanted 2 to {config.num_hidden_layers}, which the model has")
+    few, fewer = with_layers(config, layers), with_layers(config, layers // 2)
+    sizes = [plan_model(c, Recipe.make("rtn"), CalibrationSettings()).before for c in (few, fewer)]
+    with (
+        _random_checkpoint(few, sizes[0], None, work, bench.progress) as first,
+        _random_checkpoint(fewer, sizes[1], None, work, bench.progress) as second,
+    ):
+        bench.scaled_original(first, second, config, size)
+
+
+def scaled_seconds(rows: Sequence[Mapping[str, Any]], layers: Sequence[int], wanted: int) -> Seconds:
+    """What as many layers as wanted would take, by the line through what two other numbers of them took.
+
+    Args:
+        rows: of two models that differ in their layers alone, as :func:`measure` returns them.
+        layers: how many each has.
+        wanted: layers.
+    """
+
+    def line(figure: str) -> tuple[float, ...]:
+        # Sorted, so that the median is that of the medians and the best that of the best.
+        few, fewer = (sorted(row[figure]["seconds"]) for row in rows)
+        return tuple(a + (wanted - layers[0]) * (a - b) / (layers[0] - layers[1]) for a, b in zip(few, fewer, strict=True))
+
+    return Seconds(line("prompt"), line("decode"))
 
 
 @contextmanager
@@ -159,8 +221,7 @@ def _random_checkpoint(
         raise ResourceError(
             f"{what}: its files take {size.bits / 8e9:.1f} GB, {work} has {free / 1e9:.1f} GB free; set TMPDIR to a larger disk"
         )
-    folder = work / "random"
-    folder.mkdir()
+    folder = Path(mkdtemp(dir=work))
     try:
         write_random_checkpoint(config, folder, recipe, progress=progress)
         yield folder
@@ -184,10 +245,7 @@ def require_memory(label: str, weights: int, device: str) -> None:
     free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available
     wanted = int(weights * (1 + _SPARE_SHARE)) + _SPARE_BYTES
     if wanted > free:
-        raise ResourceError(
-            f"{label}: takes about {wanted / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free;"
-            " its figures are missing, not estimated"
-        )
+        raise ResourceError(f"{label}: takes about {wanted / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free")
 
 
 # What runs in processes of their own
@@ -215,7 +273,7 @@ def measure(label: str, folder: str, loop: str, conditions: Conditions, progress
     """Time to load, memory, and tokens per second."""
     kernels = _prepare(conditions)
     settings, device = conditions.settings, conditions.device
-    blank_model(folder)  # what it imports is no memory of the model
+    blank_model(AutoConfig.from_pretrained(folder))  # what it imports is no memory of the model
     before, peak = _resident(device), PeakMemory()
     progress.stage(f"{label}: loading", 1)
     began = time.perf_counter()
@@ -258,9 +316,8 @@ def _prepare(conditions: Conditions) -> list[str]:
     return said
 
 
-def blank_model(folder: str | Path) -> PreTrainedModel:
-    """The model of a checkpoint on the meta device, unpacked."""
-    config = AutoConfig.from_pretrained(folder)
+def blank_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The model of a config on the meta device, unpacked."""
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model
@@ -287,12 +344,12 @@ def _speedups(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     original = next((row for row in rows if row["model"] == "original"), None)
     if original is None:
         return {}
+    smaller = {"load": "load_seconds", "memory": "resident_bytes"}
     faster = [name for name in ("decode", "prompt", "request") if original[name] is not None]
     return {
         f"packed, {row['loop']}": {
             **{name: row[name]["tokens_per_second"] / original[name]["tokens_per_second"] for name in faster},
-            "load": original["load_seconds"] / row["load_seconds"],
-            "memory": original["resident_bytes"] / row["resident_bytes"],
+            **{name: original[field] / row[field] for name, field in smaller.items() if original[field] is not None},
         }
         for row in rows
         if row["model"] == "packed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,16 @@ def shape_config(name: str) -> PretrainedConfig:
     config = SHAPES[name]()
     config.dtype = torch.bfloat16
     return config
+
+
+def with_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
+    """The same model with its first layers only."""
+    shorter = copy.deepcopy(config)
+    for name, value in vars(config).items():
+        if isinstance(value, list) and len(value) == config.num_hidden_layers:  # says something of each layer
+            setattr(shorter, name, value[:layers])
+    shorter.num_hidden_layers = layers
+    return shorter
 
 
 def _olmoe() -> PretrainedConfig:
