@@ -341,7 +341,7 @@ def _processor() -> str:
 
 
 def _speedups(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Of each way to run the packed model over the original: tokens per second, and what it saves of memory and of the time until it runs."""
+    """Of each way to run the packed model over the original: tokens per second, memory, and time until it runs."""
     original = next((row for row in rows if row["model"] == "original"), None)
     if original is None:
         return {}
