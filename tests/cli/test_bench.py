@@ -115,6 +115,13 @@ def test_a_shape_leaves_nothing_behind(bench: Bench, tmp_path: Path) -> None:
     assert read[0]["rest"] == read[2]["rest"]
 
 
+def test_models_too_small_to_be_noticed_have_no_ratio_of_memory(bench: Bench, tmp_path: Path) -> None:
+    bench_shape(bench, config(), Recipe.make("rtn"), tmp_path)
+    for row in bench.rows:
+        row["resident_bytes"] = 0
+    assert bench.results()["speedups"]["packed, moebius"].keys() == {"decode", "prompt", "request", "ready"}
+
+
 def test_the_shape_of_the_command(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "tiny", config)
     result = CliRunner().invoke(app, ["bench", "--shape", "tiny", "--method", "rtn", "--json", *SMALL, "--quiet"])

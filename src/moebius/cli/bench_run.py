@@ -350,7 +350,7 @@ def _speedups(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return {
         f"packed, {row['loop']}": {
             **{name: row[name]["tokens_per_second"] / original[name]["tokens_per_second"] for name in faster},
-            **{name: original[field] / row[field] for name, field in smaller.items() if original[field] is not None},
+            **{name: original[field] / row[field] for name, field in smaller.items() if original[field] and row[field]},
         }
         for row in rows
         if row["model"] == "packed"
