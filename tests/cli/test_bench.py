@@ -115,6 +115,12 @@ def test_a_shape_leaves_nothing_behind(bench: Bench, tmp_path: Path) -> None:
     assert read[0]["rest"] == read[2]["rest"]
 
 
+def test_the_rest_of_the_model_may_be_packed_too(bench: Bench, tmp_path: Path) -> None:
+    bench_shape(bench, config(), Recipe.make("moebius", rest="int8"), tmp_path)
+    read = [row["roofline"]["rest"] for row in bench.rows]
+    assert 0.5 * read[2] < read[0] < 0.6 * read[2]
+
+
 def test_models_too_small_to_be_noticed_have_no_ratio_of_memory(bench: Bench, tmp_path: Path) -> None:
     bench_shape(bench, config(), Recipe.make("rtn"), tmp_path)
     for row in bench.rows:
@@ -215,7 +221,7 @@ def test_packed_and_original_the_wrong_way_round(bench: Bench, tmp_path: Path) -
     [
         (["--shape", "gpt-9"], "no shape named 'gpt-9'; known: olmoe-1b-7b"),
         (["MODEL", "--shape", "olmoe-1b-7b"], "wanted one of them"),
-        (["MODEL", "--bits", "2"], "leave out --method, --bits and --set"),
+        (["MODEL", "--bits", "2"], "leave out --method, --bits, --rest and --set"),
         (["--original", "MODEL"], "got no packed checkpoint"),
         (["--original-layers", "4"], "got no --shape"),
         (["--out", "nowhere/speed.json"], "wanted a file in a folder that exists"),

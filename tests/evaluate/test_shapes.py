@@ -59,7 +59,7 @@ def test_fewer_layers_keep_what_is_said_of_each() -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("method", ["moebius", "mobie"])
 def test_a_packed_one_loads_and_runs(tmp_path: Path, name: str, method: str) -> None:
-    config, recipe = tiny(name), Recipe.make(method, None, shared_experts=8, dense_layers=4)
+    config, recipe = tiny(name), Recipe.make(method, None, rest="int8", shared_experts=4)
     write_random_checkpoint(config, tmp_path, recipe)
     verify(tmp_path, hashes=True)
     planned, got = plan_model(config, recipe, CalibrationSettings()).after, packed_checkpoint_size(tmp_path)

@@ -16,6 +16,7 @@ from moebius.cli.options import (
     DType,
     Method,
     Quiet,
+    Rest,
     Set,
     display_name,
     model_or_reference,
@@ -34,7 +35,7 @@ moebius bench
 
 moebius bench ./OLMoE-1bit --original allenai/OLMoE-1B-7B-0924
 
-moebius bench --shape olmoe-1b-7b --threads 2
+moebius bench --shape olmoe-1b-7b --rest int4 --threads 2
 
 moebius bench --shape qwen3-30b-a3b --original-layers 8
 
@@ -78,6 +79,7 @@ def bench(
     shape: ShapeName = None,
     method: Method = Recipe.method,
     bits: Bits = None,
+    rest: Rest = "bf16",
     set_: Set = None,
     original_layers: Annotated[
         int | None,
@@ -103,10 +105,10 @@ def bench(
     """Time a packed model and its original in one run: tokens per second, memory, loading, and what memory would allow.
 
     With --shape, checkpoints of random weights are written to the temporary folder (TMPDIR) and loaded from it, the packed one
-    without ever being dense; the original only if memory and disk have room for it. --method, --bits and --set say how
-    the reference model or the shape is packed; a checkpoint is as it is.
+    without ever being dense; the original only if memory and disk have room for it. --method, --bits, --rest and --set
+    say how the reference model or the shape is packed; a checkpoint is as it is.
     """
-    recipe = recipe_from(method, bits, set_)
+    recipe = recipe_from(method, bits, set_, rest)
     _check_what(packed, original, shape, recipe, original_layers)
     source = model_or_reference(packed)
     named_original = None if original is None else model_or_reference(original)
@@ -149,7 +151,7 @@ def _check_what(packed: str | None, original: str | None, shape: str | None, rec
     if packed is not None and shape is not None:
         raise RecipeError(f"--shape {shape}: got a checkpoint as well, {packed}; wanted one of them")
     if packed is not None and recipe != Recipe.make(Recipe.method):
-        raise RecipeError(f"{packed}: is as it was packed; leave out --method, --bits and --set")
+        raise RecipeError(f"{packed}: is as it was packed; leave out --method, --bits, --rest and --set")
     if packed is None and original is not None:
         raise RecipeError(f"--original {original}: got no packed checkpoint to set against it; give both")
 

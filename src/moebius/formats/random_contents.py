@@ -47,8 +47,8 @@ def _contents(blank: Packed, name: str, tensor: Tensor, generator: Generator) ->
         return torch.empty(tensor.shape, dtype=torch.uint8).random_(0, 256, generator=generator)
     if name.endswith(("grid", "grids")):
         return torch.tensor(_GRID, dtype=tensor.dtype).repeat(*tensor.shape[:-1], 1)
-    if "scale" in name:
-        return torch.full(tensor.shape, _SCALE, dtype=tensor.dtype)
+    if "scale" in name:  # of a level, where there are many of them
+        return torch.full(tensor.shape, 2 * _SCALE / 2 ** blank.spec().get("bits", 1), dtype=tensor.dtype)
     return torch.randn(tensor.shape, generator=generator).mul_(_SCALE).to(tensor.dtype)
 
 
