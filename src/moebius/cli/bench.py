@@ -86,7 +86,7 @@ def bench(
         typer.Option(
             min=2,
             help="With --shape, for an original that does not fit: time so many of its layers and half as many, and draw the"
-            " line through both.",
+            " line through both. It flatters the original: OLMoE from 4 layers came out a third faster than all 16.",
             show_default=False,
         ),
     ] = None,
