@@ -65,3 +65,10 @@ def test_a_layer_that_was_loaded_anew_is_read_anew(tmp_path: Path) -> None:
         assert torch.allclose(layer(inputs), 2 * before)
         layer.scales = layer.scales / 2
         assert torch.allclose(layer(inputs), before)
+
+
+def test_gradients_pass_through_a_packed_layer(tmp_path: Path) -> None:
+    layer = AutoModelForCausalLM.from_pretrained(packed("olmoe", tmp_path, "int8"), dtype=torch.float32).lm_head
+    inputs = torch.randn(2, 48, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    layer(inputs).sum().backward()
+    assert inputs.grad is not None and torch.allclose(inputs.grad[0], layer.weight.sum(0), atol=1e-4)

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from moebius.formats import Packed
 from moebius.kernels.packed_linear import Linear, prepare
@@ -39,9 +40,11 @@ class PackedLinearMixin(PackedWeightMixin):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(..., in) to (..., out), in the dtype of the inputs."""
-        module: Any = self
+        bias: Any = self.bias
+        if inputs.requires_grad and torch.is_grad_enabled():  # kernels have no gradients
+            return functional.linear(inputs, self.weight, bias)
         outputs = _ready(self)(inputs.reshape(-1, inputs.shape[-1])).view(*inputs.shape[:-1], -1)
-        return outputs if module.bias is None else outputs + module.bias
+        return outputs if bias is None else outputs.add_(bias)
 
 
 #: By module, and outside of it: the layer in the hands of a kernel, and the buffers that it reads.
@@ -66,7 +69,7 @@ def pack_weight(module: nn.Module, packed: Packed) -> None:
     module.weight_dtype = weight.dtype
     del module.weight
     register(module, packed)
-    swap(module, PackedLinearMixin if isinstance(module, nn.Linear) else PackedWeightMixin)
+    swap(module, PackedLinearMixin if type(module).forward is nn.Linear.forward else PackedWeightMixin)
 
 
 def unpack_weight(module: PackedWeightMixin, dtype: torch.dtype) -> None:

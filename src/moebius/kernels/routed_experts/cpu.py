@@ -34,9 +34,6 @@ except ImportError as error:  # installed where there was no C++ compiler
 #: Tokens up to which reading bits for each token is faster than unpacking them once: of an expert, and of a shared factor.
 _FEW_TOKENS, _FEW_STATES = 8, 8
 
-#: Groups of columns that share a scale divide this (kGroupSpan).
-_GROUP_SPAN = 2048
-
 _scratch = threading.local()
 _level: Any = _cpu and _cpu.level(_cpu.levels()[0])
 
@@ -44,6 +41,26 @@ _level: Any = _cpu and _cpu.level(_cpu.levels()[0])
 def levels() -> list[str]:
     """Sets of instructions that this processor has and the kernels know, the best first; none if nothing was compiled."""
     return _cpu.levels() if _cpu else []
+
+
+def missing() -> str | None:
+    """Why there are no compiled kernels; None if there are."""
+    return _MISSING if _cpu is None else None
+
+
+def extension() -> Any:
+    """The compiled module, for other ops."""
+    return _cpu
+
+
+def current() -> Any:
+    """The extension's own object of the set of instructions in use."""
+    return _level
+
+
+def product_dtype(inputs: torch.dtype) -> torch.dtype:
+    """What dense products for these inputs are computed in: bf16 only where that is asked for and fast."""
+    return torch.bfloat16 if inputs == torch.bfloat16 and _cpu.multiplies_bf16() else torch.float32
 
 
 def level() -> str:
@@ -63,16 +80,6 @@ def use_level(name: str) -> None:
             f"instruction level: got {name!r}, wanted one of {', '.join(levels()) or 'none: nothing was compiled'}"
         )
     _level = _cpu.level(name)
-
-
-def missing() -> str | None:
-    """Why the compiled kernels are not there; None if they are."""
-    return _MISSING if _cpu is None else None
-
-
-def product_dtype(inputs: torch.dtype) -> torch.dtype:
-    """What dense products for these inputs are computed in: bf16 only where that is asked for and fast."""
-    return torch.bfloat16 if inputs == torch.bfloat16 and _cpu.multiplies_bf16() else torch.float32
 
 
 def refusal(gate_up: PackedProjection, down: PackedProjection, activation: Callable[[Tensor], Tensor]) -> str | None:
@@ -274,26 +281,17 @@ class _Signs(_Kernel):
 
 
 class _Codes(_Kernel):
-    """One matrix whose directions have scales: one each, or one for every ``group`` entries. ``runs``: bits, and how many
-    directions have them.
-    """
+    """One matrix whose directions have a scale each: ``runs`` of bits, and how many directions have them."""
 
-    def __init__(
-        self, packed: Packed, codes: Tensor, scales: Tensor, runs: list[tuple[int, int]], side: str, group: int = 0
-    ) -> None:
+    def __init__(self, packed: Packed, codes: Tensor, scales: Tensor, runs: list[tuple[int, int]], side: str) -> None:
         self.rows, self.input = packed.rows, side == "input"
         self.shape = (packed.rows, packed.columns) if self.input else (packed.columns, packed.rows)
-        self.group = group
         self.held = codes.contiguous(), scales.float().flatten().contiguous()
         addresses = self.held[0].data_ptr(), self.held[0].numel(), self.held[1].data_ptr()
-        self.groups = self.held[1].numel() // self.shape[0]
-        self.factor = _cpu.codes(self.input, *self.shape, runs, *addresses, group or self.shape[1])
+        self.factor = _cpu.codes(self.input, *self.shape, runs, *addresses)
 
     def dense(self, matrix: int, inputs: Tensor, dtype: torch.dtype) -> Tensor:
         directions, half = self._unpacked(matrix, *self.shape, dtype), 0.5 * self.held[1]
-        if self.groups > 1:
-            spread = half.to(dtype).view(-1, self.groups).repeat_interleave(self.group, dim=1)[:, : self.shape[1]]
-            return (inputs.to(dtype) @ (directions * spread).mT).float()
         if self.input:
             return (inputs.to(dtype) @ directions.mT).float() * half
         return ((inputs * half).to(dtype) @ directions).float()
@@ -321,22 +319,10 @@ def _kernel(packed: Packed) -> _Kernel:
         assert packed.codes is not None and packed.scale_codes is not None and packed.scale_grid is not None
         scales = decode(packed.scale_codes, packed.scale_grid)
         return _Codes(packed, packed.codes, scales, packed.runs(), packed.side)
-    if isinstance(packed, Integers) and reads(packed):
-        return codes_of(packed)
+    if isinstance(packed, Integers) and packed.groups == 1 and not packed.zero_points:
+        assert packed.codes is not None and packed.scales is not None
+        return _Codes(packed, packed.codes, packed.scales, [(packed.bits, packed.rows)], "input")
     return _Unpacked(packed)
-
-
-def reads(packed: Integers) -> bool:
-    """Whether the kernels read these integers: symmetric ones, with scales of whole rows or of groups that suit them."""
-    group = packed.group_size
-    return not packed.zero_points and (packed.groups == 1 or (group % 64 == 0 and _GROUP_SPAN % group == 0))
-
-
-def codes_of(packed: Integers) -> _Codes:
-    """The kernel for integers that :func:`reads` lets through, a batch of one."""
-    assert packed.codes is not None and packed.scales is not None
-    group = packed.group_size if packed.groups > 1 else 0
-    return _Codes(packed, packed.codes, packed.scales, [(packed.bits, packed.rows)], "input", group)
 
 
 def _check_widths(packed: Planes, widths: Tensor) -> None:

@@ -5,7 +5,6 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
-#include <numeric>
 
 #include "threads.h"
 
@@ -366,7 +365,7 @@ class Signs final : public Factor {
   const SignsTensors t_;
 };
 
-// A matrix of codes, scales along each direction, levels symmetric around zero: scale · (code − (2^bits − 1) / 2).
+// A matrix of codes, one scale per direction, levels symmetric around zero: scale · (code − (2^bits − 1) / 2).
 class CodeRows : public Factor {
  public:
   CodeRows(const CodesTensors& tensors, int rows, int columns) : Factor(1, rows, columns), t_(tensors) {
@@ -413,49 +412,26 @@ class CodeRows : public Factor {
 
 class CodesInput final : public CodeRows {
  public:
-  explicit CodesInput(const CodesTensors& t) : CodeRows(t, t.directions, t.entries), groups_(tasks_of(t.entries, t.group)) {}
+  explicit CodesInput(const CodesTensors& t) : CodeRows(t, t.directions, t.entries) {}
 
  protected:
   void apply(const std::vector<Slot>& slots, const Level& level, int threads) const override {
     const int count = static_cast<int>(slots.size());
     auto& values = kept<Quantized>(count);
-    auto& totals = kept<int64_t>(static_cast<size_t>(count) * groups_);
-    for_each(count, threads, [&](int i) {
-      values[i].for_codes(slots[i].input, t_.entries, level);
-      const int16_t* each = values[i].values.data();
-      for (int g = 0; g < groups_; ++g)
-        totals[i * groups_ + g] = std::accumulate(each + g * t_.group, each + g * t_.group + width(g), int64_t{0});
-    });
+    for_each(count, threads, [&](int i) { values[i].for_codes(slots[i].input, t_.entries, level); });
     for_each(static_cast<int>(tasks_.size()), threads, [&](int task) {
       const auto [first, part] = part_of(task);
-      for (int i = 0; i < count; ++i) multiply(part, values[i], totals.data() + i * groups_, slots[i].output + first, first, level);
+      std::array<int32_t, kCodeRowsPerTask> sums;
+      for (int i = 0; i < count; ++i) {
+        level.dot_codes(part, values[i].values.data(), t_.entries, sums.data());
+        const int64_t centre = values[i].total * ((1 << part.bits) - 1);
+        for (int r = 0; r < part.rows; ++r) {
+          const auto twice = static_cast<float>(2 * static_cast<int64_t>(sums[r]) - centre);
+          slots[i].output[first + r] = 0.5f * values[i].step * t_.scales[first + r] * twice;
+        }
+      }
     });
   }
-
- private:
-  int width(int g) const { return std::min(t_.group, t_.entries - g * t_.group); }
-
-  void multiply(const Codes& part, const Quantized& values, const int64_t* totals, float* output, int first,
-                const Level& level) const {
-    auto& sums = kept<int32_t>(static_cast<size_t>(kCodeRowsPerTask) * groups_);
-    if (groups_ == 1) level.dot_codes(part, values.values.data(), t_.entries, sums.data());
-    else level.dot_groups(part, values.values.data(), t_.entries, t_.group, sums.data());
-    const int most = (1 << part.bits) - 1;
-    for (int r = 0; r < part.rows; ++r) {
-      const int32_t* mine = sums.data() + static_cast<size_t>(r) * groups_;
-      const float* scales = t_.scales + static_cast<size_t>(first + r) * groups_;
-      constexpr int kParts = 8;  // sums in a fixed order that vectorizes
-      std::array<float, kParts> partial{};
-      const auto term = [&](int g) { return scales[g] * static_cast<float>(2 * static_cast<int64_t>(mine[g]) - totals[g] * most); };
-      int g = 0;
-      for (; g + kParts <= groups_; g += kParts)
-        for (int i = 0; i < kParts; ++i) partial[i] += term(g + i);
-      for (; g < groups_; ++g) partial[0] += term(g);
-      output[r] = 0.5f * values.step * std::accumulate(partial.begin(), partial.end(), 0.0f);
-    }
-  }
-
-  const int groups_;
 };
 
 class CodesOutput final : public CodeRows {

@@ -70,7 +70,7 @@ struct SignsTensors {
 };
 std::unique_ptr<Factor> signs(const SignsTensors&);
 
-// moebius.formats.graded and symmetric integers: runs of directions with as many bits each; one matrix.
+// moebius.formats.graded and integers with a scale per row: runs of directions with as many bits each; one matrix.
 struct Grade {
   int bits, count;
 };
@@ -79,8 +79,7 @@ struct CodesTensors {
   std::vector<Grade> grades;
   const uint8_t* codes;
   int64_t bytes;
-  const float* scales;  // (directions, groups)
-  int group;            // entries that share a scale: all of them, or as level.dot_groups wants, and then directions are rows
+  const float* scales;
 };
 std::unique_ptr<Factor> codes_input(const CodesTensors&);
 std::unique_ptr<Factor> codes_output(const CodesTensors&);

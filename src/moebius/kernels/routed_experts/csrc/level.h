@@ -13,8 +13,6 @@ constexpr int kLargestRun = 32767;
 constexpr int kLanes = 16;
 // Magnitudes of quantized values that meet codes: they fit two digits of 7 bits and a sign.
 constexpr int kLargestDigits = 8191;
-// Groups of columns that share a scale divide this.
-constexpr int kGroupSpan = 2048;
 // Quantized vectors are padded with zeros to a multiple of this.
 constexpr int kPadding = 64;
 
@@ -41,10 +39,6 @@ struct Level {
   // sums[r] = Σ_j values[j] · code (r, j), over `columns` codes; values are padded and at most kLargestDigits, and
   // 255 · Σ|values| < 2^31.
   void (*dot_codes)(const Codes& codes, const int16_t* values, int columns, int32_t* sums);
-
-  // sums[r · groups + g] = Σ_j values[j] · code (r, j) over the columns of group g, `group` of them, fewer in the last one.
-  // `group` divides kGroupSpan and is a multiple of kPadding. Bounds as above.
-  void (*dot_groups)(const Codes& codes, const int16_t* values, int columns, int group, int32_t* sums);
 
   // sums[j] += Σ_r values[r] · code (r, first + j) for j < lanes; `first` is a multiple of kPadding. Bounds as above.
   void (*add_codes)(const Codes& codes, const int16_t* values, int first, int lanes, int32_t* sums);

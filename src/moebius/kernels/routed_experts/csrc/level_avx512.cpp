@@ -172,40 +172,6 @@ void dot_codes(const Codes& codes, const int16_t* values, int columns, int32_t* 
   }
 }
 
-// The digits of a span of values stay at hand for all rows; sixteen groups become one register of sums.
-void dot_groups(const Codes& codes, const int16_t* values, int columns, int group, int32_t* sums) {
-  constexpr int kChunks = kGroupSpan / 64, kParts = 16;
-  const Spread spread(codes.bits);
-  const int groups = (columns + group - 1) / group, chunks_of_group = group / 64;
-  for (int begin = 0; begin < columns; begin += kGroupSpan) {
-    const int chunks = columns - begin < kGroupSpan ? (columns - begin + 63) / 64 : kChunks;
-    __m512i high[kChunks], low[kChunks];
-    for (int c = 0; c < chunks; ++c) digits(values + begin + 64 * c, high[c], low[c]);
-    for (int r = 0; r < codes.rows; ++r) {
-      const uint8_t* row = codes.codes + r * codes.stride + static_cast<size_t>(begin) / 8 * codes.bits;
-      const bool whole = codes.end - row >= chunks * spread.width;
-      int32_t* to = sums + static_cast<size_t>(r) * groups + begin / group;
-      for (int first = 0; first < chunks; first += kParts * chunks_of_group, to += kParts) {
-        __m512i parts[kParts];
-        int filled = 0;
-        for (int c = first; filled < kParts && c < chunks; ++filled) {
-          __m512i coarse = _mm512_setzero_si512(), fine = _mm512_setzero_si512();
-          for (const int last = c + chunks_of_group < chunks ? c + chunks_of_group : chunks; c < last; ++c) {
-            const uint8_t* at = row + c * spread.width;
-            _mm_prefetch(reinterpret_cast<const char*>(at + 4 * codes.stride), _MM_HINT_T0);
-            const __m512i code = spread.load(at, whole ? spread.present : spread.within(at, codes.end));
-            coarse = _mm512_dpbusd_epi32(coarse, code, high[c]);
-            fine = _mm512_dpbusd_epi32(fine, code, low[c]);
-          }
-          parts[filled] = _mm512_add_epi32(_mm512_slli_epi32(coarse, 7), fine);
-        }
-        for (int i = filled; i < kParts; ++i) parts[i] = _mm512_setzero_si512();
-        _mm512_mask_storeu_epi32(to, static_cast<__mmask16>((1u << filled) - 1), totals(parts));
-      }
-    }
-  }
-}
-
 // Four directions, 64 entries of each: their bytes are interleaved so that one instruction sums over the directions.
 inline void add_four(const __m512i* code, __m512i high, __m512i low, __m512i* coarse, __m512i* fine) {
   const __m512i ab_low = _mm512_unpacklo_epi8(code[0], code[1]), ab_high = _mm512_unpackhi_epi8(code[0], code[1]);
@@ -311,7 +277,7 @@ void expand_codes(const Codes& codes, int row, int lanes, uint16_t* out) {
 }  // namespace
 
 const Level* avx512_level() {
-  static const Level level{"avx512", add_signs, dot_signs, dot_codes, dot_groups, add_codes, look_up, expand_codes, portable_round, portable_multiply};
+  static const Level level{"avx512", add_signs, dot_signs, dot_codes, add_codes, look_up, expand_codes, portable_round, portable_multiply};
   return &level;
 }
 

@@ -12,6 +12,7 @@
 
 #include "factors.h"
 #include "level.h"
+#include "linear.h"
 
 namespace nb = nanobind;
 using namespace moebius;
@@ -52,8 +53,8 @@ void apply(const Factor& factor, uintptr_t inputs, uintptr_t outputs, uintptr_t 
 }
 
 CodesTensors codes_tensors(int directions, int entries, const std::vector<std::pair<int, int>>& grades, uintptr_t codes,
-                           int64_t bytes, uintptr_t scales, int group) {
-  CodesTensors tensors{directions, entries, {}, at<const uint8_t>(codes), bytes, at<const float>(scales), group};
+                           int64_t bytes, uintptr_t scales) {
+  CodesTensors tensors{directions, entries, {}, at<const uint8_t>(codes), bytes, at<const float>(scales)};
   for (const auto& [bits, count] : grades) tensors.grades.push_back({bits, count});
   return tensors;
 }
@@ -95,6 +96,24 @@ NB_MODULE(_cpu, m) {
         return factor.unpack(matrix, at<uint16_t>(out), level, threads);
       });
 
+  // A linear layer: shape, bits, columns that share a scale, addresses of codes and of scales in fp16.
+  nb::class_<PackedLinear>(m, "PackedLinear")
+      .def("__init__",
+           [](PackedLinear* self, int rows, int columns, int bits, int group_size, uintptr_t codes, uintptr_t scales) {
+             new (self) PackedLinear(rows, columns, bits, group_size, at<const uint8_t>(codes), at<const uint16_t>(scales));
+           })
+      .def("apply",
+           [](const PackedLinear& linear, uintptr_t inputs, uintptr_t outputs, int count, bool bf16, const Level& level,
+              int threads) {
+             nb::gil_scoped_release unlocked;
+             linear.apply(at<const void>(inputs), at<void>(outputs), count, bf16, level, threads);
+           })
+      .def("unpack", [](const PackedLinear& linear, int first, int count, uintptr_t out, bool bf16, const Level& level,
+                        int threads) {
+        nb::gil_scoped_release unlocked;
+        linear.unpack(first, count, at<void>(out), bf16, level, threads);
+      });
+
   m.def("levels", [] {
     std::vector<std::string> names;
     for (const Level* level : levels()) names.emplace_back(level->name);
@@ -123,8 +142,8 @@ NB_MODULE(_cpu, m) {
                   at<const float>(salient_scales)});
   });
   m.def("codes", [](bool input, int directions, int entries, const std::vector<std::pair<int, int>>& grades, uintptr_t codes,
-                    int64_t bytes, uintptr_t scales, int group) {
-    const CodesTensors tensors = codes_tensors(directions, entries, grades, codes, bytes, scales, group);
+                    int64_t bytes, uintptr_t scales) {
+    const CodesTensors tensors = codes_tensors(directions, entries, grades, codes, bytes, scales);
     return input ? codes_input(tensors) : codes_output(tensors);
   });
 }

@@ -91,18 +91,6 @@ constexpr int kPortableChunk = 256;  // codes that are bytes at a time
   }
 }
 
-// Group by group, by a level's own dot_codes.
-template <auto kDotCodes>
-void portable_dot_groups(const Codes& codes, const int16_t* values, int columns, int group, int32_t* sums) {
-  const int groups = (columns + group - 1) / group;
-  for (int r = 0; r < codes.rows; ++r)
-    for (int g = 0; g < groups; ++g) {
-      const int width = columns - g * group < group ? columns - g * group : group;
-      const Codes part{codes.codes + r * codes.stride + static_cast<size_t>(g) * group / 8 * codes.bits, codes.end, codes.stride, codes.bits, 1};
-      kDotCodes(part, values + g * group, width, sums + static_cast<size_t>(r) * groups + g);
-    }
-}
-
 [[maybe_unused]] void portable_add_codes(const Codes& codes, const int16_t* values, int first, int lanes, int32_t* sums) {
   uint8_t bytes[kPortableChunk];
   for (int r = 0; r < codes.rows; ++r) {
