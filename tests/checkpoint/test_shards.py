@@ -46,6 +46,14 @@ def test_order_of_the_tensors_does_not_change_the_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
+def test_whole_cache_lines_start_on_one(tmp_path: Path) -> None:
+    wanted = {"odd": torch.ones(3), "b": torch.ones(64, dtype=torch.uint8), "c": torch.ones(5, 32), "d": torch.ones(1)}
+    write_shard(tmp_path / "a.safetensors", [MemoryTensor(n, t) for n, t in wanted.items()])
+    begins = {name: stored.begin for name, stored in read_shard(tmp_path / "a.safetensors").items()}
+    assert begins["b"] % 64 == begins["c"] % 64 == 0
+    assert load_file(tmp_path / "a.safetensors")["c"].data_ptr() % 64 == 0
+
+
 def test_copied_bit_for_bit(tmp_path: Path) -> None:
     weird = torch.tensor([0x7FC1, 0xFF81, 0x8000, 0x0001], dtype=torch.uint16).view(
         torch.bfloat16

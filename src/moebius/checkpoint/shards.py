@@ -24,6 +24,7 @@ from moebius.errors import CheckpointError
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
+_CACHE_LINE = 64
 #: What safetensors calls the dtypes.
 DTYPES = {
     "BOOL": torch.bool,
@@ -216,8 +217,9 @@ def write_shard(path: Path, sources: Sequence[TensorSource]) -> dict[str, dict[s
     Returns:
         The manifest's entry of each tensor: file, shape, dtype, sha256.
     """
-    # Wide dtypes first, as safetensors does, so that every tensor starts at a multiple of its element size.
-    ordered = sorted(sources, key=lambda source: (-DTYPES[source.dtype].itemsize, source.name))
+    # Files are mapped into memory and read as they lie there. Tensors of whole cache lines come first and start on one; then
+    # wide dtypes, as safetensors has it, so that every tensor starts at a multiple of its element size.
+    ordered = sorted(sources, key=_place)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for source in ordered:
@@ -225,7 +227,7 @@ def write_shard(path: Path, sources: Sequence[TensorSource]) -> dict[str, dict[s
         header[source.name] = {"dtype": source.dtype, "shape": list(source.shape), "data_offsets": [offset, offset + length]}
         offset += length
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % _CACHE_LINE)
     entries = {}
     with _replacing(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
@@ -241,6 +243,10 @@ def write_shard(path: Path, sources: Sequence[TensorSource]) -> dict[str, dict[s
                 "sha256": digest.hexdigest(),
             }
     return entries
+
+
+def _place(source: TensorSource) -> tuple[bool, int, str]:
+    return byte_count(source.dtype, source.shape) % _CACHE_LINE != 0, -DTYPES[source.dtype].itemsize, source.name
 
 
 def write_text(path: Path, text: str) -> None:
