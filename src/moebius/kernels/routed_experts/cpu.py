@@ -33,6 +33,8 @@ except ImportError as error:  # installed where there was no C++ compiler
 
 #: Tokens up to which reading bits for each token is faster than unpacking them once: of an expert, and of a shared factor.
 _FEW_TOKENS, _FEW_STATES = 8, 8
+#: Routed tokens that go through both projections at once.
+_SLOTS_AT_ONCE = 512
 
 #: Groups of columns that share a scale divide this (kGroupSpan).
 _GROUP_SPAN = 2048
@@ -124,15 +126,18 @@ class CpuExperts:
         tokens, top_k = top_k_index.shape
         dtype = product_dtype(hidden.dtype)
         slots, weights = top_k_index.reshape(-1).long().contiguous(), top_k_weights.float()
-        few, many = _by_count(slots, self.experts)
         inputs = self._shared("gate_up.right", hidden.float(), dtype)
+        few, many = (slots, []) if _level.tiles else _by_count(slots, self.experts)
         if few is None:
             summed = inputs.new_zeros(tokens, self.down.rows)
         else:
-            states = self.gate_up.packed(inputs, few, top_k)
-            states = self._between(states, few, activation, gate_up_bias, dtype)
-            states = self.down.packed(states, few).view(tokens, top_k, self.down.rows)
-            summed = torch.bmm(weights.unsqueeze(1), states).squeeze(1)
+            states = torch.empty(len(few), self.down.rows)
+            for mine in _parts(few):  # from end to end, so that what they compute stays in the cache
+                chosen = few[mine]
+                between = self.gate_up.gathered(inputs, chosen, mine // top_k)
+                between = self._between(between, chosen, activation, gate_up_bias, dtype)
+                self.down.scattered(between, chosen, mine, states)
+            summed = torch.bmm(weights.unsqueeze(1), states.view(tokens, top_k, self.down.rows)).squeeze(1)
         for expert, mine in many:  # each from end to end: what it computes stays in the cache
             members = mine // top_k
             states = self.gate_up.dense(expert, inputs[members], dtype)
@@ -157,7 +162,20 @@ class CpuExperts:
         kernel = self.shared.get(name)
         if kernel is None:
             return states
-        return kernel.packed(states) if len(states) <= _FEW_STATES else kernel.dense(0, states, dtype)
+        return kernel.packed(states) if _level.tiles or len(states) <= _FEW_STATES else kernel.dense(0, states, dtype)
+
+
+def _parts(slots: Tensor) -> list[Tensor]:
+    """All slots, those of the same expert together, in parts that whole experts make up as far as they are small."""
+    if len(slots) <= _SLOTS_AT_ONCE:
+        return [torch.arange(len(slots))]
+    ranked, order = slots.sort(stable=True)
+    ends = (ranked.diff() != 0).nonzero()[:, 0] + 1  # of all experts but the last
+    cuts = [0]
+    for end, after in zip(ends.tolist(), [*ends.tolist()[1:], len(slots)], strict=True):
+        if after - cuts[-1] > _SLOTS_AT_ONCE:
+            cuts.append(end)
+    return [order[begin:end] for begin, end in zip(cuts, [*cuts[1:], len(slots)], strict=True)]
 
 
 def _by_count(slots: Tensor, experts: int) -> tuple[Tensor | None, list[tuple[int, Tensor]]]:
@@ -200,11 +218,33 @@ class _Kernel(ABC):
             (n * slots_per_input, rows) float32.
         """
         inputs = inputs.contiguous()
-        count = len(inputs) * slots_per_input
-        outputs = torch.empty(count, self.rows)
-        addresses = inputs.data_ptr(), outputs.data_ptr(), 0 if slots is None else slots.data_ptr()
-        self.factor.apply(*addresses, count, slots_per_input, _level, torch.get_num_threads())
+        outputs = torch.empty(len(inputs) * slots_per_input, self.rows)
+        self._apply(inputs, outputs, slots, None, None, len(outputs), slots_per_input)
         return outputs
+
+    def gathered(self, inputs: Tensor, slots: Tensor, rows: Tensor) -> Tensor:
+        """Row ``i`` is the matrix ``slots[i]`` times row ``rows[i]`` of the inputs. Both are int64 (n,)."""
+        inputs, outputs = inputs.contiguous(), torch.empty(len(slots), self.rows)
+        self._apply(inputs, outputs, slots, rows, None, len(slots), 1)
+        return outputs
+
+    def scattered(self, inputs: Tensor, slots: Tensor, rows: Tensor, outputs: Tensor) -> None:
+        """Row ``rows[i]`` of the outputs becomes the matrix ``slots[i]`` times row ``i`` of the inputs."""
+        self._apply(inputs.contiguous(), outputs, slots, None, rows, len(slots), 1)
+
+    def _apply(
+        self,
+        inputs: Tensor,
+        outputs: Tensor,
+        slots: Tensor | None,
+        from_rows: Tensor | None,
+        to_rows: Tensor | None,
+        count: int,
+        slots_per_input: int,
+    ) -> None:
+        routes = (0 if index is None else index.data_ptr() for index in (slots, from_rows, to_rows))
+        threads = torch.get_num_threads()
+        self.factor.apply(inputs.data_ptr(), outputs.data_ptr(), *routes, count, slots_per_input, _level, threads)
 
     @abstractmethod
     def dense(self, matrix: int, inputs: Tensor, dtype: torch.dtype) -> Tensor:
