@@ -1,8 +1,10 @@
 """On the CPU, from the packed bits as they lie in memory: C++ in ``csrc/``, with the instructions that the processor has.
 
-For a few tokens, vectors are rounded to integers that are fine enough for sums in 16 bits (signs) or 32 bits (shared factors);
-sums are exact, so that every level of instructions gives the same bits. For many, one matrix at a time is unpacked to bf16 in
-a buffer and multiplied by PyTorch. Scales are decoded once; everything else is read as it is stored.
+For one token or two of an expert, and up to eight of a shared factor, vectors are rounded to integers that are fine enough
+for sums in 16 bits (signs) or 32 bits (shared factors); sums are exact, so that every level of instructions gives the same
+bits. For more, with AVX-512 VNNI, a tile of the matrix at a time is unpacked to bytes and multiplied with inputs rounded to 8
+bits, with a step for every 128 of them. Elsewhere one matrix at a time is unpacked to bf16 in a buffer and multiplied by
+PyTorch. Scales are decoded once; everything else is read as it is stored.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ except ImportError as error:  # installed where there was no C++ compiler
     _cpu: Any = None  # type: ignore[no-redef]
     _MISSING = f"the compiled kernels are not there ({error}); reinstall moebius where there is a C++ compiler"
 
-#: Tokens up to which reading bits for each token is faster than unpacking them once: of an expert, and of a shared factor.
+#: Tokens up to which reading bits for each token is faster than unpacking them once for PyTorch: of an expert, and of a shared
+#: factor.
 _FEW_TOKENS, _FEW_STATES = 8, 8
 #: Routed tokens that go through both projections at once.
 _SLOTS_AT_ONCE = 512
@@ -162,7 +165,7 @@ class CpuExperts:
         kernel = self.shared.get(name)
         if kernel is None:
             return states
-        return kernel.packed(states) if _level.tiles or len(states) <= _FEW_STATES else kernel.dense(0, states, dtype)
+        return kernel.packed(states) if kernel.has_tiles() or len(states) <= _FEW_STATES else kernel.dense(0, states, dtype)
 
 
 def _parts(slots: Tensor) -> list[Tensor]:
@@ -205,6 +208,10 @@ class _Kernel(ABC):
     factor: Any
     held: tuple[Tensor, ...]
     rows: int
+
+    def has_tiles(self) -> bool:
+        """Whether the extension multiplies any number of inputs fast, by tiles."""
+        return bool(self.factor.has_tiles(_level))
 
     def packed(self, inputs: Tensor, slots: Tensor | None = None, slots_per_input: int = 1) -> Tensor:
         """Row ``i`` is the matrix ``slots[i]`` times row ``i // slots_per_input`` of the inputs, zeros if that is no matrix.
@@ -344,6 +351,9 @@ class _Unpacked(_Kernel):
 
     def __init__(self, packed: Packed) -> None:
         self.matrix, self.rows = packed, packed.rows
+
+    def has_tiles(self) -> bool:
+        return False
 
     def packed(self, inputs: Tensor, slots: Tensor | None = None, slots_per_input: int = 1) -> Tensor:
         return inputs @ self.matrix.unpack()[0].mT

@@ -21,7 +21,6 @@ constexpr int kLanesPerTask = 1024;   // of an expert's outputs, along rows of s
 constexpr int kRowsPerTask = 256;     // of signs, across them
 constexpr int kCodeRowsPerTask = 64;  // rows of a shared factor
 constexpr int kUnpackedRowsPerTask = 64;
-constexpr int kFewSlots = 2;  // of a matrix: more than that are multiplied in tiles, where there are loops for it
 constexpr int kBytesAhead = 16384;  // fetched before they are used
 constexpr float kLargestCode = 255;
 constexpr float kSmallestStep = 1e-37f;  // what has a finite inverse
@@ -196,7 +195,7 @@ class Planes : public Factor {
     level.look_up(rows, count, table, t_.entries, out);
   }
 
-  void tile_rows(int e, int row, int rows, int first, int width_, const TileLoops& loops, uint8_t* out,
+  void tile_rows(int e, int row, int rows, int first, int bytes, const TileLoops& loops, uint8_t* out,
                  size_t stride) const override {
     for (int count = t_.planes; count > 0; --count) {
       const int begin = std::max(row, width(e, count)), end = std::min(row + rows, width(e, count - 1));
@@ -210,7 +209,7 @@ class Planes : public Factor {
         base = static_cast<uint8_t>(base - kWhole[count][p]);
       }
       const uint8_t* behind = t_.signs + t_.sign_rows * stride_;
-      loops.spread_signs(planes, count, behind, stride_, end - begin, width_, base, steps, out + (begin - row) * stride, stride);
+      loops.spread_signs(planes, count, behind, stride_, end - begin, bytes, base, steps, out + (begin - row) * stride, stride);
     }
   }
 
@@ -451,6 +450,8 @@ class CodeRows : public Factor {
     }
   }
 
+  int few_slots() const override { return 8; }
+
   void tile_rows(int, int row, int rows, int first, int width, const TileLoops& loops, uint8_t* out,
                  size_t stride) const override {
     for (const Run& run : runs_) {
@@ -626,7 +627,7 @@ void Factor::apply(const float* inputs, float* outputs, const Routes& routes, co
   std::vector<TileSlot> many;
   for (const Group& group : groups_of(slots))
     for (int i = group.begin; i < group.end; ++i) {
-      if (group.end - group.begin <= kFewSlots) few.push_back(slots[i]);
+      if (group.end - group.begin <= few_slots()) few.push_back(slots[i]);
       else many.push_back({slots[i].matrix, slots[i].input, slots[i].output});
     }
   if (!few.empty()) apply(few, level, threads);

@@ -49,6 +49,8 @@ class TileSource {
     float centre;
   };
   virtual bool has_tiles() const { return true; }
+  // Up to so many slots of a matrix are multiplied otherwise: more exactly, and faster if they are one or two.
+  virtual int few_slots() const { return 2; }
   virtual Shape tile_shape(int matrix) const = 0;
   // The inputs times their scales, `inputs` of them.
   virtual void scale_inputs(int matrix, const float* from, float* out) const = 0;
