@@ -46,8 +46,10 @@ def states(count: int, columns: int) -> Tensor:
 def test_every_level_agrees(rows: int, columns: int, bits: int, group: int, count: int, level: str) -> None:
     weight, inputs = integers(rows, columns, bits, group or columns), states(count, columns)
     got = prepare(weight)(inputs)
+    # Many inputs of codes of eight bits are rounded to bytes where there are instructions for that.
+    bounds = (0.02, 0.1) if bits == 8 and count > 8 and kernels.levels() and kernels.current().tiles else ()
     if count:
-        assert disagreement(got, reference.packed_linear(inputs, weight)) is None
+        assert disagreement(got, reference.packed_linear(inputs, weight), *bounds) is None
     else:
         assert got.shape == (0, rows)
 

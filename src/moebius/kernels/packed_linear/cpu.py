@@ -1,8 +1,8 @@
 """On the CPU, from the stored integers: C++ in the ``csrc/`` of the routed experts.
 
 For a few rows of inputs, these are rounded to 13 bits and a sign and multiplied with the codes in integers, exactly, so that
-every level of instructions gives the same bits. For many, a part of the matrix at a time is unpacked into a buffer and
-multiplied by PyTorch.
+every level of instructions gives the same bits. For many, codes of eight bits are multiplied as those of shared factors are,
+where there are instructions for it; else a part of the matrix at a time is unpacked into a buffer and multiplied by PyTorch.
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ class CpuLinear:
         self.rows, self.columns = weight.rows, weight.columns
         self.held = weight.codes.contiguous(), weight.scales.contiguous()
         shape = weight.rows, weight.columns, weight.bits, _group_size(weight)
+        # As rows of bytes, for products of many inputs.
+        self.bytes = compiled.kernel_of(weight) if weight.bits == 8 else None
         self.linear = compiled.extension().PackedLinear(*shape, *(tensor.data_ptr() for tensor in self.held))
 
     def __call__(self, inputs: Tensor) -> Tensor:
@@ -66,6 +68,8 @@ class CpuLinear:
         return outputs
 
     def _many(self, inputs: Tensor) -> Tensor:
+        if self.bytes is not None and self.bytes.has_tiles():
+            return self.bytes.packed(inputs.float()).to(inputs.dtype)
         dtype = compiled.product_dtype(inputs.dtype)
         states = inputs.to(dtype)
         outputs, step = states.new_empty(len(inputs), self.rows), max(1, _UNPACKED_WEIGHTS // self.columns)

@@ -1,8 +1,10 @@
 """On the CPU, from the packed bits as they lie in memory: C++ in ``csrc/``, with the instructions that the processor has.
 
-For a few tokens, vectors are rounded to integers that are fine enough for sums in 16 bits (signs) or 32 bits (shared factors);
-sums are exact, so that every level of instructions gives the same bits. For many, one matrix at a time is unpacked to bf16 in
-a buffer and multiplied by PyTorch. Scales are decoded once; everything else is read as it is stored.
+For one token or two of an expert, and up to eight of a shared factor, vectors are rounded to integers that are fine enough
+for sums in 16 bits (signs) or 32 bits (shared factors); sums are exact, so that every level of instructions gives the same
+bits. For more, with AVX-512 VNNI, a tile of the matrix at a time is unpacked to bytes and multiplied with inputs rounded to 8
+bits, with a step for every 128 of them. Elsewhere one matrix at a time is unpacked to bf16 in a buffer and multiplied by
+PyTorch. Scales are decoded once; everything else is read as it is stored.
 """
 
 from __future__ import annotations
@@ -31,8 +33,11 @@ except ImportError as error:  # installed where there was no C++ compiler
     _cpu: Any = None  # type: ignore[no-redef]
     _MISSING = f"the compiled kernels are not there ({error}); reinstall moebius where there is a C++ compiler"
 
-#: Tokens up to which reading bits for each token is faster than unpacking them once: of an expert, and of a shared factor.
+#: Tokens up to which reading bits for each token is faster than unpacking them once for PyTorch: of an expert, and of a shared
+#: factor.
 _FEW_TOKENS, _FEW_STATES = 8, 8
+#: Routed tokens that go through both projections at once.
+_SLOTS_AT_ONCE = 512
 
 _scratch = threading.local()
 _level: Any = _cpu and _cpu.level(_cpu.levels()[0])
@@ -106,9 +111,9 @@ class CpuExperts:
 
     def __init__(self, gate_up: PackedProjection, down: PackedProjection) -> None:
         self.experts = gate_up.factor.batch
-        self.gate_up, self.down = _kernel(gate_up.factor), _kernel(down.factor)
+        self.gate_up, self.down = kernel_of(gate_up.factor), kernel_of(down.factor)
         self.shared = {
-            name: _kernel(packed)
+            name: kernel_of(packed)
             for name, packed in (
                 ("gate_up.right", gate_up.right),
                 ("gate_up.left", gate_up.left),
@@ -131,15 +136,13 @@ class CpuExperts:
         tokens, top_k = top_k_index.shape
         dtype = product_dtype(hidden.dtype)
         slots, weights = top_k_index.reshape(-1).long().contiguous(), top_k_weights.float()
-        few, many = _by_count(slots, self.experts)
         inputs = self._shared("gate_up.right", hidden.float(), dtype)
+        few, many = (slots, []) if _level.tiles else _by_count(slots, self.experts)
         if few is None:
             summed = inputs.new_zeros(tokens, self.down.rows)
         else:
-            states = self.gate_up.packed(inputs, few, top_k)
-            states = self._between(states, few, activation, gate_up_bias, dtype)
-            states = self.down.packed(states, few).view(tokens, top_k, self.down.rows)
-            summed = torch.bmm(weights.unsqueeze(1), states).squeeze(1)
+            states = self._few(inputs, few, top_k, activation, gate_up_bias, dtype)
+            summed = torch.bmm(weights.unsqueeze(1), states.view(tokens, top_k, self.down.rows)).squeeze(1)
         for expert, mine in many:  # each from end to end: what it computes stays in the cache
             members = mine // top_k
             states = self.gate_up.dense(expert, inputs[members], dtype)
@@ -150,6 +153,27 @@ class CpuExperts:
         if down_bias is not None:
             result = result + reference.routed_bias(top_k_index, top_k_weights, down_bias)
         return result.to(hidden.dtype)
+
+    def _few(
+        self,
+        inputs: Tensor,
+        slots: Tensor,
+        top_k: int,
+        activation: Callable[[Tensor], Tensor],
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Outputs of all slots before the left factor, (n, rows of ``down``)."""
+        if len(slots) <= _SLOTS_AT_ONCE:
+            return self.down.packed(
+                self._between(self.gate_up.packed(inputs, slots, top_k), slots, activation, bias, dtype), slots
+            )
+        states = torch.empty(len(slots), self.down.rows)
+        for mine in _parts(slots):  # from end to end, so that what they compute stays in the cache
+            chosen = slots[mine]
+            between = self.gate_up.gathered(inputs, chosen, mine // top_k)
+            self.down.scattered(self._between(between, chosen, activation, bias, dtype), chosen, mine, states)
+        return states
 
     def _between(
         self, states: Tensor, slots: Tensor, activation: Callable[[Tensor], Tensor], bias: Tensor | None, dtype: torch.dtype
@@ -164,7 +188,18 @@ class CpuExperts:
         kernel = self.shared.get(name)
         if kernel is None:
             return states
-        return kernel.packed(states) if len(states) <= _FEW_STATES else kernel.dense(0, states, dtype)
+        return kernel.packed(states) if kernel.has_tiles() or len(states) <= _FEW_STATES else kernel.dense(0, states, dtype)
+
+
+def _parts(slots: Tensor) -> list[Tensor]:
+    """All slots, those of the same expert together, in parts that whole experts make up as far as they are small."""
+    ranked, order = slots.sort(stable=True)
+    ends = (ranked.diff() != 0).nonzero()[:, 0] + 1  # of all experts but the last
+    cuts = [0]
+    for end, after in zip(ends.tolist(), [*ends.tolist()[1:], len(slots)], strict=True):
+        if after - cuts[-1] > _SLOTS_AT_ONCE:
+            cuts.append(end)
+    return [order[begin:end] for begin, end in zip(cuts, [*cuts[1:], len(slots)], strict=True)]
 
 
 def _by_count(slots: Tensor, experts: int) -> tuple[Tensor | None, list[tuple[int, Tensor]]]:
@@ -195,6 +230,10 @@ class _Kernel(ABC):
     held: tuple[Tensor, ...]
     rows: int
 
+    def has_tiles(self) -> bool:
+        """Whether the extension multiplies any number of inputs fast, by tiles."""
+        return bool(_level.tiles)
+
     def packed(self, inputs: Tensor, slots: Tensor | None = None, slots_per_input: int = 1) -> Tensor:
         """Row ``i`` is the matrix ``slots[i]`` times row ``i // slots_per_input`` of the inputs, zeros if that is no matrix.
 
@@ -207,11 +246,33 @@ class _Kernel(ABC):
             (n * slots_per_input, rows) float32.
         """
         inputs = inputs.contiguous()
-        count = len(inputs) * slots_per_input
-        outputs = torch.empty(count, self.rows)
-        addresses = inputs.data_ptr(), outputs.data_ptr(), 0 if slots is None else slots.data_ptr()
-        self.factor.apply(*addresses, count, slots_per_input, _level, torch.get_num_threads())
+        outputs = torch.empty(len(inputs) * slots_per_input, self.rows)
+        self._apply(inputs, outputs, slots, None, None, len(outputs), slots_per_input)
         return outputs
+
+    def gathered(self, inputs: Tensor, slots: Tensor, rows: Tensor) -> Tensor:
+        """Row ``i`` is the matrix ``slots[i]`` times row ``rows[i]`` of the inputs. Both are int64 (n,)."""
+        inputs, outputs = inputs.contiguous(), torch.empty(len(slots), self.rows)
+        self._apply(inputs, outputs, slots, rows, None, len(slots), 1)
+        return outputs
+
+    def scattered(self, inputs: Tensor, slots: Tensor, rows: Tensor, outputs: Tensor) -> None:
+        """Row ``rows[i]`` of the outputs becomes the matrix ``slots[i]`` times row ``i`` of the inputs."""
+        self._apply(inputs.contiguous(), outputs, slots, None, rows, len(slots), 1)
+
+    def _apply(
+        self,
+        inputs: Tensor,
+        outputs: Tensor,
+        slots: Tensor | None,
+        from_rows: Tensor | None,
+        to_rows: Tensor | None,
+        count: int,
+        slots_per_input: int,
+    ) -> None:
+        routes = (0 if index is None else index.data_ptr() for index in (slots, from_rows, to_rows))
+        threads = torch.get_num_threads()
+        self.factor.apply(inputs.data_ptr(), outputs.data_ptr(), *routes, count, slots_per_input, _level, threads)
 
     @abstractmethod
     def dense(self, matrix: int, inputs: Tensor, dtype: torch.dtype) -> Tensor:
@@ -303,6 +364,9 @@ class _Unpacked(_Kernel):
     def __init__(self, packed: Packed) -> None:
         self.matrix, self.rows = packed, packed.rows
 
+    def has_tiles(self) -> bool:
+        return False
+
     def packed(self, inputs: Tensor, slots: Tensor | None = None, slots_per_input: int = 1) -> Tensor:
         return inputs @ self.matrix.unpack()[0].mT
 
@@ -310,7 +374,8 @@ class _Unpacked(_Kernel):
         return (inputs.to(dtype) @ self.matrix.unpack()[0].mT.to(dtype)).float()
 
 
-def _kernel(packed: Packed) -> _Kernel:
+def kernel_of(packed: Packed) -> _Kernel:
+    """The kernel that reads a format; for one that none reads, the format itself."""
     if isinstance(packed, Planes):
         return _Planes(packed)
     if isinstance(packed, Signs):

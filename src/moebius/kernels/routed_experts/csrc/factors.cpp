@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "buffers.h"
 #include "threads.h"
 
 namespace moebius {
@@ -30,6 +31,12 @@ constexpr float kAmplitudes[kMostPlanes + 1][kMostPlanes] = {{0, 0, 0, 0},
                                                              {0.98159881f, 0.52881878f, 0, 0},
                                                              {1.15784549f, 0.60694633f, 0.30104003f, 0},
                                                              {1.33061049f, 0.68568196f, 0.33885703f, 0.16955516f}};
+
+// Amplitudes as integers of about the same size for any number of planes, which add up to 127 at most, and their unit. They
+// are off by 0.02, 0.16 and 0.31 % for two planes to four.
+constexpr int kWhole[kMostPlanes + 1][kMostPlanes] = {{}, {75}, {65, 35}, {65, 34, 17}, {62, 32, 16, 8}};
+constexpr float kUnits[kMostPlanes + 1] = {0, 0.01063846f, 0.01510323f, 0.01781549f, 0.02143751f};
+constexpr float kTileCentre = 128, kCodesCentre = 127.5f;  // of bytes that stand for signs, and for codes
 
 int padded(int count) { return (count + kPadding - 1) / kPadding * kPadding; }
 size_t bytes_of(int values, int bits) { return (static_cast<size_t>(values) * bits + 7) / 8; }
@@ -128,14 +135,6 @@ struct Quantized {
   }
 };
 
-// Buffers that keep their memory from call to call, for the thread that calls.
-template <typename T>
-std::vector<T>& kept(size_t count) {
-  static thread_local std::vector<T> buffer;
-  if (buffer.size() < count) buffer.resize(count);
-  return buffer;
-}
-
 struct Group {
   int begin, end;  // slots of one matrix
 };
@@ -195,6 +194,33 @@ class Planes : public Factor {
     level.look_up(rows, count, table, t_.entries, out);
   }
 
+  void tile_rows(int e, int row, int rows, int first, int bytes, const TileLoops& loops, uint8_t* out,
+                 size_t stride) const override {
+    for (int count = t_.planes; count > 0; --count) {
+      const int begin = std::max(row, width(e, count)), end = std::min(row + rows, width(e, count - 1));
+      if (begin >= end) continue;
+      const uint8_t* planes[kMostPlanes];
+      uint8_t steps[kMostPlanes], base = static_cast<uint8_t>(kTileCentre);
+      const uint8_t* plane = signs(e) + first / 8;
+      for (int p = 0; p < count; plane += width(e, p++) * stride_) {
+        planes[p] = plane + begin * stride_;
+        steps[p] = static_cast<uint8_t>(2 * kWhole[count][p]);
+        base = static_cast<uint8_t>(base - kWhole[count][p]);
+      }
+      const uint8_t* behind = t_.signs + t_.sign_rows * stride_;
+      loops.spread_signs(planes, count, behind, stride_, end - begin, bytes, base, steps, out + (begin - row) * stride, stride);
+    }
+  }
+
+  // Scales of directions [first, first + count) times `from`.
+  void scale_directions(int e, const float* from, int first, int count, float* out) const {
+    const float* scales = direction_scales(e);
+    for (int planes = t_.planes; planes > 0; --planes) {
+      const int begin = std::max(first, width(e, planes)), end = std::min(first + count, width(e, planes - 1));
+      for (int k = begin; k < end; ++k) out[k - first] = from[k - first] * scales[k] * kUnits[planes];
+    }
+  }
+
   const PlanesTensors t_;
   const size_t stride_;
   std::vector<int64_t> first_;
@@ -204,6 +230,10 @@ class Planes : public Factor {
 class PlanesInput final : public Planes {
  public:
   explicit PlanesInput(const PlanesTensors& t) : Planes(t, t.entries, t.directions) {}
+
+  Shape tile_shape(int e) const override { return {width(e, 0), t_.entries, true, kTileCentre}; }
+  void scale_inputs(int e, const float* from, float* out) const override { scale_directions(e, from, 0, width(e, 0), out); }
+  void output_scales(int e, int first, int count, float* out) const override { std::copy_n(entry_scales(e) + first, count, out); }
 
  protected:
   void apply(const std::vector<Slot>& slots, const Level& level, int threads) const override {
@@ -249,6 +279,15 @@ class PlanesInput final : public Planes {
 class PlanesOutput final : public Planes {
  public:
   explicit PlanesOutput(const PlanesTensors& t) : Planes(t, t.directions, t.entries) {}
+
+  Shape tile_shape(int e) const override { return {t_.entries, width(e, 0), false, kTileCentre}; }
+  void scale_inputs(int e, const float* from, float* out) const override {
+    for (int j = 0; j < t_.entries; ++j) out[j] = from[j] * entry_scales(e)[j];
+  }
+  void output_scales(int e, int first, int count, float* out) const override {
+    std::fill_n(out, count, 1.0f);
+    scale_directions(e, out, first, count, out);
+  }
 
  protected:
   void apply(const std::vector<Slot>& slots, const Level& level, int threads) const override {
@@ -300,6 +339,34 @@ class PlanesOutput final : public Planes {
 class Signs final : public Factor {
  public:
   explicit Signs(const SignsTensors& t) : Factor(t.batch, t.rows, t.columns), t_(t) {}
+
+  // The salient columns follow the others, from a tile of their own on.
+  Shape tile_shape(int) const override {
+    return {t_.salient ? salient_begin() + t_.salient : t_.columns, t_.rows, false, kTileCentre};
+  }
+
+  void scale_inputs(int matrix, const float* from, float* out) const override {
+    const size_t e = matrix;
+    for (int j = 0; j < t_.columns; ++j) out[j] = from[j] * t_.column_scales[e * t_.columns + j];
+    if (!t_.salient) return;
+    std::fill(out + t_.columns, out + salient_begin(), 0.0f);
+    const int32_t* picked = t_.picked + e * t_.salient;
+    for (int j = 0; j < t_.salient; ++j) out[salient_begin() + j] = from[picked[j]] * t_.salient_scales[e * t_.salient + j];
+  }
+
+  void output_scales(int e, int first, int count, float* out) const override {
+    std::copy_n(t_.row_scales + static_cast<size_t>(e) * t_.rows + first, count, out);
+  }
+
+  void tile_rows(int e, int row, int rows, int first, int width, const TileLoops& loops, uint8_t* out,
+                 size_t stride) const override {
+    const bool salient = first >= salient_begin();
+    const size_t bytes = bytes_of(salient ? t_.salient : t_.columns, 1);
+    const uint8_t* all = salient ? t_.salient_signs : t_.signs;
+    const uint8_t* corner = all + (static_cast<size_t>(e) * t_.rows + row) * bytes + (salient ? first - salient_begin() : first) / 8;
+    const uint8_t* end = all + static_cast<size_t>(t_.batch) * t_.rows * bytes, step = 2;
+    loops.spread_signs(&corner, 1, end, bytes, rows, width, kTileCentre - 1, &step, out, stride);
+  }
 
  protected:
   void apply(const std::vector<Slot>& slots, const Level& level, int threads) const override {
@@ -362,6 +429,8 @@ class Signs final : public Factor {
     level.look_up(&signs, 1, table, t_.columns, out);
   }
 
+  int salient_begin() const { return tasks_of(t_.columns, kTileInputs) * kTileInputs; }
+
   const SignsTensors t_;
 };
 
@@ -377,6 +446,21 @@ class CodeRows : public Factor {
       runs_.push_back({direction, {t_.codes + at, t_.codes + t_.bytes, stride, grade.bits, grade.count}});
       at += stride * grade.count;
       direction += grade.count;
+    }
+  }
+
+  int few_slots() const override { return 8; }
+
+  void tile_rows(int, int row, int rows, int first, int width, const TileLoops& loops, uint8_t* out,
+                 size_t stride) const override {
+    for (const Run& run : runs_) {
+      const int begin = std::max(row, run.first), end = std::min(row + rows, run.first + run.codes.rows);
+      if (begin >= end) continue;
+      Codes codes = run.codes;
+      codes.codes += (begin - run.first) * codes.stride;
+      codes.rows = end - begin;
+      const auto shift = static_cast<uint8_t>(128 - (1 << (codes.bits - 1)));
+      loops.spread_codes(codes, first, width, shift, out + (begin - row) * stride, stride);
     }
   }
 
@@ -414,6 +498,10 @@ class CodesInput final : public CodeRows {
  public:
   explicit CodesInput(const CodesTensors& t) : CodeRows(t, t.directions, t.entries) {}
 
+  Shape tile_shape(int) const override { return {t_.entries, t_.directions, false, kCodesCentre}; }
+  void scale_inputs(int, const float* from, float* out) const override { std::copy_n(from, t_.entries, out); }
+  void output_scales(int, int first, int count, float* out) const override { std::copy_n(t_.scales + first, count, out); }
+
  protected:
   void apply(const std::vector<Slot>& slots, const Level& level, int threads) const override {
     const int count = static_cast<int>(slots.size());
@@ -437,6 +525,12 @@ class CodesInput final : public CodeRows {
 class CodesOutput final : public CodeRows {
  public:
   explicit CodesOutput(const CodesTensors& t) : CodeRows(t, t.entries, t.directions) {}
+
+  Shape tile_shape(int) const override { return {t_.directions, t_.entries, true, kCodesCentre}; }
+  void scale_inputs(int, const float* from, float* out) const override {
+    for (int k = 0; k < t_.directions; ++k) out[k] = from[k] * t_.scales[k];
+  }
+  void output_scales(int, int, int count, float* out) const override { std::fill_n(out, count, 1.0f); }
 
  protected:
   void apply(const std::vector<Slot>& slots, const Level& level, int threads) const override {
@@ -494,15 +588,25 @@ void Factor::apply(const float* inputs, float* outputs, const Routes& routes, co
   slots.reserve(routes.rows);
   for (int row = 0; row < routes.rows; ++row) {
     const int64_t matrix = routes.matrices ? routes.matrices[row] : 0;
-    float* output = outputs + static_cast<size_t>(row) * rows;
+    float* output = outputs + (routes.outputs ? routes.outputs[row] : row) * static_cast<int64_t>(rows);
     if (matrix < 0 || matrix >= batch) {
       std::fill_n(output, rows, 0.0f);
       continue;
     }
-    slots.push_back({static_cast<int>(matrix), row, inputs + static_cast<size_t>(row / routes.inputs_per) * columns, output});
+    const int64_t input = routes.inputs ? routes.inputs[row] : row / routes.inputs_per;
+    slots.push_back({static_cast<int>(matrix), row, inputs + input * columns, output});
   }
   if (routes.matrices) std::stable_sort(slots.begin(), slots.end(), [](const Slot& a, const Slot& b) { return a.matrix < b.matrix; });
-  if (!slots.empty()) apply(slots, level, threads);
+  if (!level.tiles) return slots.empty() ? void() : apply(slots, level, threads);
+  std::vector<Slot> few;
+  std::vector<TileSlot> many;
+  for (const Group& group : groups_of(slots))
+    for (int i = group.begin; i < group.end; ++i) {
+      if (group.end - group.begin <= few_slots()) few.push_back(slots[i]);
+      else many.push_back({slots[i].matrix, slots[i].input, slots[i].output});
+    }
+  if (!few.empty()) apply(few, level, threads);
+  if (!many.empty()) multiply_tiles(*this, many, rows, *level.tiles, threads);
 }
 
 int Factor::unpack(int matrix, uint16_t* out, const Level& level, int threads) const {

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "level.h"
+#include "tiles.h"
 
 namespace moebius {
 
@@ -13,15 +14,16 @@ namespace moebius {
 struct Routes {
   const int64_t* matrices;  // null: the first matrix for every row; anything that is no matrix: zeros
   int rows;
-  int inputs_per;  // output rows for one input row
+  int inputs_per;          // output rows for one input row
+  const int64_t* inputs;   // the row of the inputs for each row; null: row / inputs_per
+  const int64_t* outputs;  // the row of the outputs for each row; null: row
 };
 
-class Factor {
+class Factor : public TileSource {
  public:
   Factor(int batch, int rows, int columns) : batch(batch), rows(rows), columns(columns) {}
-  virtual ~Factor() = default;
 
-  // inputs: (routes.rows / inputs_per, columns); outputs: (routes.rows, rows), every element is written.
+  // inputs: (routes.rows / inputs_per, columns); outputs: (routes.rows, rows), every element of the rows named is written.
   void apply(const float* inputs, float* outputs, const Routes& routes, const Level& level, int threads) const;
 
   // One matrix in bf16, row after row as it is stored, without some of its scales. Returns how many rows there are.

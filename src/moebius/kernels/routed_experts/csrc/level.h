@@ -25,6 +25,8 @@ struct Codes {
   int rows;
 };
 
+struct TileLoops;
+
 struct Level {
   const char* name;
 
@@ -54,6 +56,8 @@ struct Level {
 
   // out[j] = scale · left[j] · right[j].
   void (*multiply)(const float* left, const float* right, int count, float scale, float* out);
+
+  const TileLoops* tiles;  // null: many rows are then better multiplied by others
 };
 
 const Level* scalar_level();

@@ -4,9 +4,12 @@
 // which is as fast as memory brings them, and needs no other layout than that of the files. Tables for groups of signs
 // are several times as fast from a cache and twice as fast from memory, but need a copy of the weights in another order.
 #include "portable.h"
+#include "tiles.h"
 
 #ifdef __AVX512VBMI__
 #include <immintrin.h>
+
+#include "spread_avx512.h"
 
 namespace moebius {
 namespace {
@@ -103,36 +106,6 @@ void dot_signs(const uint8_t* signs, const uint8_t* end, size_t stride, int rows
     if (j < columns) portable_dot_signs(row + j / 8, end, stride, 1, values + j, columns - j, sums + r);
   }
 }
-
-// 64 codes of any width to bytes: each group of eight codes takes as many bytes as a code has bits.
-struct Spread {
-  __m512i bytes, shifts, low;
-  __mmask64 present;
-  int width;
-
-  explicit Spread(int bits) : width(8 * bits) {
-    alignas(64) uint8_t index[64], shift[64];
-    for (int i = 0; i < 64; ++i) {
-      const int byte = (i / 8) * bits + i % 8;
-      index[i] = static_cast<uint8_t>(byte < 64 ? byte : 63);
-      shift[i] = static_cast<uint8_t>((i % 8) * bits);
-    }
-    bytes = _mm512_load_si512(index);
-    shifts = _mm512_load_si512(shift);
-    low = _mm512_set1_epi8(static_cast<char>((1 << bits) - 1));
-    present = bits == 8 ? ~__mmask64{0} : (__mmask64{1} << width) - 1;
-  }
-
-  __m512i load(const uint8_t* at, __mmask64 mask) const {
-    const __m512i packed = _mm512_permutexvar_epi8(bytes, _mm512_maskz_loadu_epi8(mask, at));
-    return _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, packed), low);
-  }
-
-  __mmask64 within(const uint8_t* at, const uint8_t* end) const {
-    const ptrdiff_t left = end - at;
-    return left >= width ? present : left <= 0 ? 0 : (__mmask64{1} << left) - 1;
-  }
-};
 
 // values = 128 · high + low, digits of 7 bits and a sign.
 inline void digits(const int16_t* values, __m512i& high, __m512i& low) {
@@ -277,7 +250,7 @@ void expand_codes(const Codes& codes, int row, int lanes, uint16_t* out) {
 }  // namespace
 
 const Level* avx512_level() {
-  static const Level level{"avx512", add_signs, dot_signs, dot_codes, add_codes, look_up, expand_codes, portable_round, portable_multiply};
+  static const Level level{"avx512", add_signs, dot_signs, dot_codes, add_codes, look_up, expand_codes, portable_round, portable_multiply, avx512_tile_loops()};
   return &level;
 }
 

@@ -46,10 +46,11 @@ const Level& level_of(const std::string& name) {
   throw std::invalid_argument("no level " + name + " on this processor");
 }
 
-void apply(const Factor& factor, uintptr_t inputs, uintptr_t outputs, uintptr_t matrices, int rows, int inputs_per,
-           const Level& level, int threads) {
+void apply(const Factor& factor, uintptr_t inputs, uintptr_t outputs, uintptr_t matrices, uintptr_t input_rows,
+           uintptr_t output_rows, int rows, int inputs_per, const Level& level, int threads) {
   nb::gil_scoped_release unlocked;
-  factor.apply(at<const float>(inputs), at<float>(outputs), {at<const int64_t>(matrices), rows, inputs_per}, level, threads);
+  const Routes routes{at<const int64_t>(matrices), rows, inputs_per, at<const int64_t>(input_rows), at<const int64_t>(output_rows)};
+  factor.apply(at<const float>(inputs), at<float>(outputs), routes, level, threads);
 }
 
 CodesTensors codes_tensors(int directions, int entries, const std::vector<std::pair<int, int>>& grades, uintptr_t codes,
@@ -64,6 +65,7 @@ CodesTensors codes_tensors(int directions, int entries, const std::vector<std::p
 NB_MODULE(_cpu, m) {
   nb::class_<Level>(m, "Level")
       .def_prop_ro("name", [](const Level& level) { return std::string(level.name); })
+      .def_prop_ro("tiles", [](const Level& level) { return level.tiles != nullptr; })
       .def("add_signs",
            [](const Level& level, uintptr_t signs, size_t stride, int rows, uintptr_t values, int lanes, uintptr_t sums) {
              level.add_signs(at<const uint8_t>(signs), stride, rows, at<const int16_t>(values), lanes, 0, at<int32_t>(sums));

@@ -7,6 +7,12 @@
 #include <mutex>
 #include <thread>
 
+#if defined(__linux__)
+#include <dlfcn.h>
+#include <link.h>
+
+#include <cstring>
+#endif
 #if defined(__unix__) || defined(__APPLE__)
 #include <unistd.h>
 #define MOEBIUS_PROCESS() static_cast<long>(getpid())
@@ -25,7 +31,40 @@ inline void pause() {
 #endif
 }
 
-// One job at a time. Its number and the next task to hand out are one word, so that a thread that wakes up late can never
+// The entry of OpenMP's runtime, of the one that PyTorch has loaded, or null. With threads of our own beside PyTorch's, those
+// that wait spin on the cores that the others need.
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+Parallel parallel_of_pytorch() {
+#if defined(__linux__)
+  Parallel found = nullptr;
+  const auto look = [](dl_phdr_info* library, size_t, void* result) {
+    if (!std::strstr(library->dlpi_name, "libgomp") && !std::strstr(library->dlpi_name, "libiomp5")) return 0;
+    void* handle = dlopen(library->dlpi_name, RTLD_LAZY | RTLD_NOLOAD);
+    void* entry = handle ? dlsym(handle, "GOMP_parallel") : nullptr;
+    *static_cast<Parallel*>(result) = reinterpret_cast<Parallel>(entry);
+    return entry ? 1 : 0;
+  };
+  dl_iterate_phdr(look, &found);
+  return found;
+#else
+  return nullptr;
+#endif
+}
+
+struct Job {
+  int count;
+  void (*task)(void*, int);
+  void* context;
+  std::atomic<int> next{0};
+};
+
+void work(void* data) {
+  Job& job = *static_cast<Job*>(data);
+  for (int i; (i = job.next.fetch_add(1, std::memory_order_relaxed)) < job.count;) job.task(job.context, i);
+}
+
+// Where that is not there. One job at a time. Its number and the next task to hand out are one word, so that a thread that wakes up late can never
 // take a task of a job that is over.
 class Pool {
  public:
@@ -111,6 +150,14 @@ class Pool {
 }  // namespace
 
 void run_tasks(int count, int threads, void (*task)(void*, int), void* context) {
+  static const Parallel parallel = parallel_of_pytorch();
+  static const long process = MOEBIUS_PROCESS();
+  // The child of a fork has none of the threads: it goes on below, alone.
+  if (parallel && process == MOEBIUS_PROCESS()) {
+    Job job{count, task, context};
+    if (count < 2 || threads < 2) return work(&job);
+    return parallel(work, &job, static_cast<unsigned>(threads), 0);
+  }
   static Pool* pool = new Pool;  // never destroyed: its threads may outlive main
   pool->run(count, threads, task, context);
 }

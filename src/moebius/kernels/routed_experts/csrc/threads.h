@@ -1,4 +1,4 @@
-// Threads of this extension's own: PyTorch's pool is not reachable without linking its headers' version.
+// The threads of PyTorch's OpenMP if it is loaded, otherwise some of this extension's own.
 #pragma once
 
 #include <type_traits>
