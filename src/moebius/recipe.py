@@ -43,6 +43,8 @@ class Recipe:
     layer_lean: float = _option(0.03, "how much an expert's Hessian leans on the mean of its layer (ρ)")
     scale_bits: int = _option(5, "bits of the scale of a direction or an entry of a sign plane", (3, 4, 5, 6, 7, 8))
     sweeps: int = _option(1, "passes over the planes after the first, each in view of all errors")
+    refine: bool = _option(False, "train scales and bases afterwards, so that the logits become the original's")
+    refine_steps: int = _option(200, "steps of that, of four calibration windows each")
     idre: bool = _option(True, "keep the directions that all experts share in 16 bit and quantize the rest (off: quantize all)")
     klt: bool = _option(True, "find those directions in the coordinates of the inputs (off: in those of the weights)")
     rank_share: float = _option(1 / 128, "how many of them, as a share of the input channels")
@@ -145,7 +147,7 @@ _GROUPED_SIGNS = {"group_size", "salient_fraction", "glas", "glas_groups", "nges
 
 METHOD_OPTIONS = {
     "moebius": MethodOptions(
-        _EVERY_METHOD | {"block_size", "scale_bits", "sweeps"},
+        _EVERY_METHOD | {"block_size", "scale_bits", "sweeps", "refine", "refine_steps"},
         default_bits=1,
         low=0.3,
         high=4,
@@ -202,6 +204,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "salient_fraction": (0.0, 1.0),
     "alternations": (0, 1000),
     "sweeps": (0, 1000),
+    "refine_steps": (1, 1_000_000),
     "block_size": (1, 1 << 20),
     "damping": (0.0, 1.0),
     "layer_lean": (0.0, 1.0),
