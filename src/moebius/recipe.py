@@ -43,6 +43,7 @@ class Recipe:
     layer_lean: float = _option(0.03, "how much an expert's Hessian leans on the mean of its layer (ρ)")
     scale_bits: int = _option(5, "bits of the scale of a direction or an entry of a sign plane", (3, 4, 5, 6, 7, 8))
     sweeps: int = _option(1, "passes over the planes after the first, each in view of all errors")
+    felt: bool = _option(False, "fit planes to the tokens by how much the loss feels their outputs (off: all tokens alike)")
     refine: bool = _option(False, "train scales and bases afterwards, so that the logits become the original's")
     refine_steps: int = _option(200, "steps of that, of four calibration windows each")
     idre: bool = _option(True, "keep the directions that all experts share in 16 bit and quantize the rest (off: quantize all)")
@@ -147,7 +148,7 @@ _GROUPED_SIGNS = {"group_size", "salient_fraction", "glas", "glas_groups", "nges
 
 METHOD_OPTIONS = {
     "moebius": MethodOptions(
-        _EVERY_METHOD | {"block_size", "scale_bits", "sweeps", "refine", "refine_steps"},
+        _EVERY_METHOD | {"block_size", "scale_bits", "sweeps", "felt", "refine", "refine_steps"},
         default_bits=1,
         low=0.3,
         high=4,

@@ -26,6 +26,7 @@ _GRADES = (8, 6, 5, 4, 3)
 _SIDES = {"gate_up": "input", "down": "output"}
 # A least-squares approximation that needs a larger gain than this would err more with it than no output at all does.
 _LARGEST_GAIN = 2.0
+_PRIOR_TOKENS = 8  # an expert's sensitivity leans on its layer as if it had seen so many average tokens more
 
 
 def look(weight: Tensor, stats: ProjectionStats, recipe: Recipe, projection: str) -> dict[str, Tensor]:
@@ -39,7 +40,8 @@ def look(weight: Tensor, stats: ProjectionStats, recipe: Recipe, projection: str
     else:
         found["metric"] = metric = _metric(stats, outputs)
         basis = output_basis(weight, moments, metric)
-    return {**found, "directions": basis.directions, "values": prefix_values(basis.energies.cpu())}
+    values = basis.energies * _sensitivity(stats, outputs).unsqueeze(1)
+    return {**found, "directions": basis.directions, "values": prefix_values(values.cpu())}
 
 
 def share_out(surveys: Sequence[Mapping[str, Tensor]], recipe: Recipe) -> list[dict[str, Tensor]]:
@@ -183,8 +185,23 @@ def plan(shape: tuple[int, int, int], recipe: Recipe, projection: str) -> Packed
 
 
 def needs(recipe: Recipe) -> str:
-    """Second moments weighed by the loss: the exchange rate between tokens, experts and layers."""
-    return "felt"
+    """Second moments, once the budget is shared out."""
+    return "felt" if recipe.felt else "inputs"
+
+
+def survey_needs(recipe: Recipe) -> str:
+    """The gradient of the global loss is the exchange rate between experts and layers."""
+    return "gradients"
+
+
+def _sensitivity(stats: ProjectionStats, outputs: int) -> Tensor:
+    """``φ_e``: mean squared gradient of the loss at an output of the expert. float64 (experts,)"""
+    tokens = stats.tokens.double()
+    if stats.fisher_diagonal is None:
+        return torch.ones_like(tokens)
+    squares = stats.fisher_diagonal.double().sum(1) / outputs
+    mean = squares.sum() / tokens.sum().clamp_min(1)
+    return (squares + _PRIOR_TOKENS * mean) / (tokens + _PRIOR_TOKENS)
 
 
 def _metric(stats: ProjectionStats, outputs: int) -> Tensor:
@@ -198,4 +215,4 @@ def _gain(wanted: Tensor, got: Tensor) -> Tensor:
     return torch.where(got > 0, (wanted / got).clamp_min(0).sqrt(), 1).clamp_max(_LARGEST_GAIN)
 
 
-METHOD = Method(quantize, plan, needs, survey=Survey(look, share_out, needs))
+METHOD = Method(quantize, plan, needs, survey=Survey(look, share_out, survey_needs))

@@ -126,7 +126,8 @@ class _Job:
         layers = {layer.name: layer for layer in self.moe.moe_layers}
         # The second projection is kept last: with it, the layer is complete.
         seen = [name for name in layers if writer.kept(f"{name}.{PROJECTIONS[-1]}") is not None]
-        request = self._request(survey.needs(self.recipe))
+        gradients = survey.needs(self.recipe) == "gradients"
+        request = StatisticsRequest(gradients, output_fisher=gradients, weighted_moments=False)
         work = self._work(windows, request.gradients, writer.out)
         for stats in stream_statistics(self.moe, windows, request, skip=seen, work=work, progress=progress):
             layer = layers[stats.name]
@@ -155,7 +156,7 @@ class _Job:
                     yield layer.name, *self._pack_layer(layer, None)
                 progress.advance(layer.name)
         else:
-            request = self._request(self.needs)
+            request = self._request()
             work = self._work(windows, request.gradients, out)
             for stats in stream_statistics(self.moe, windows, request, skip=finished, work=work, progress=progress):
                 name, (packed_layer, entry) = stats.name, self._pack_layer(layers[stats.name], stats)
@@ -206,14 +207,13 @@ class _Job:
         dense = dict.fromkeys(self.moe.dense_mlps, self.recipe.dense_layers)
         return {name: bits for name, bits in {**shared, **dense}.items() if bits < 16}
 
-    def _request(self, needs: str) -> StatisticsRequest:
-        gradients, felt = needs == "gradients", needs == "felt"
+    def _request(self) -> StatisticsRequest:
+        gradients, felt = self.needs == "gradients", self.needs == "felt"
         return StatisticsRequest(
             gradients=gradients or felt,
             glas_groups=self.recipe.glas_groups,
             left_factors=self._left_factors if gradients else None,
             router_moment=self.binary_router,
-            output_fisher=felt,
             weighted_moments=gradients,
             by_loss=felt,
         )
