@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +44,9 @@ class Recipe:
     layer_lean: float = _option(0.03, "how much an expert's Hessian leans on the mean of its layer (ρ)")
     scale_bits: int = _option(5, "bits of the scale of a direction or an entry of a sign plane", (3, 4, 5, 6, 7, 8))
     sweeps: int = _option(1, "passes over the planes after the first, each in view of all errors")
+    felt: bool = _option(False, "fit planes to the tokens by how much the loss feels their outputs (moebius: on below one bit)")
+    refine: bool = _option(False, "train scales and bases afterwards, so that the logits become the original's")
+    refine_steps: int = _option(200, "steps of that, of four calibration windows each")
     idre: bool = _option(True, "keep the directions that all experts share in 16 bit and quantize the rest (off: quantize all)")
     klt: bool = _option(True, "find those directions in the coordinates of the inputs (off: in those of the weights)")
     rank_share: float = _option(1 / 128, "how many of them, as a share of the input channels")
@@ -128,7 +132,7 @@ class MethodOptions:
     high: float
     step: float = 1
     overrides: dict[str, Any] = field(default_factory=dict)
-    one_bit_overrides: dict[str, Any] = field(default_factory=dict)
+    overrides_by_bits: Callable[[float], dict[str, Any]] = lambda bits: {}
 
     def check_bits(self, method: str, bits: float) -> None:
         if not self.low <= bits <= self.high or (self.step and bits % self.step):
@@ -137,7 +141,7 @@ class MethodOptions:
             raise RecipeError(f"method {method!r}: got {bits:g} bits, wanted {wanted}")
 
     def defaults(self, bits: float) -> dict[str, Any]:
-        return {**self.overrides, **(self.one_bit_overrides if bits == 1 else {})}
+        return {**self.overrides, **self.overrides_by_bits(bits)}
 
 
 _EVERY_METHOD = frozenset(
@@ -148,14 +152,26 @@ _EVERY_METHOD = frozenset(
 _VECTORS = {"idre", "klt", "rank_share", "bcos", "error_feedback"}
 _GROUPED_SIGNS = {"group_size", "salient_fraction", "glas", "glas_groups", "nges"}
 
+
+def _whole_rows_at_one_bit(bits: float) -> dict[str, Any]:
+    """A scale for every 128 weights would cost an eighth of a bit: one per row is enough."""
+    return {"group_size": 0} if bits == 1 else {}
+
+
+def _felt_below_one_bit(bits: float) -> dict[str, Any]:
+    """Where most directions get no bits at all, it matters which tokens the rest is fitted to; later it does not pay."""
+    return {"felt": bits < 1}
+
+
 METHOD_OPTIONS = {
     "moebius": MethodOptions(
-        _EVERY_METHOD | {"block_size", "scale_bits", "sweeps"},
+        _EVERY_METHOD | {"block_size", "scale_bits", "sweeps", "felt", "refine", "refine_steps"},
         default_bits=1,
         low=0.3,
         high=4,
         step=0,
         overrides={"gain": True},
+        overrides_by_bits=_felt_below_one_bit,
     ),
     "mobie": MethodOptions(
         _EVERY_METHOD
@@ -165,10 +181,11 @@ METHOD_OPTIONS = {
         low=1,
         high=1,
     ),
-    # At one bit a scale for every 128 weights would cost an eighth of a bit: one per row is enough.
-    "rtn": MethodOptions(_EVERY_METHOD | {"group_size"}, default_bits=2, low=1, high=8, one_bit_overrides={"group_size": 0}),
+    "rtn": MethodOptions(
+        _EVERY_METHOD | {"group_size"}, default_bits=2, low=1, high=8, overrides_by_bits=_whole_rows_at_one_bit
+    ),
     "gptq": MethodOptions(
-        _EVERY_METHOD | {"group_size", "block_size"}, default_bits=2, low=1, high=8, one_bit_overrides={"group_size": 0}
+        _EVERY_METHOD | {"group_size", "block_size"}, default_bits=2, low=1, high=8, overrides_by_bits=_whole_rows_at_one_bit
     ),
     # Codes stand for four weights each: quarters of a bit are whole bits of a code.
     "gptvq": MethodOptions(
@@ -207,6 +224,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "salient_fraction": (0.0, 1.0),
     "alternations": (0, 1000),
     "sweeps": (0, 1000),
+    "refine_steps": (1, 1_000_000),
     "block_size": (1, 1 << 20),
     "damping": (0.0, 1.0),
     "layer_lean": (0.0, 1.0),

@@ -48,7 +48,8 @@ class ProjectionStats:
     Attributes:
         tokens: routed tokens ``n``. (experts,) int64
         mean: mean of ``x``, zero for an expert without tokens. (experts, in)
-        second_moment: ``C = Σ x xᵀ``, the GPTQ Hessian up to a factor 2. (experts, in, in)
+        second_moment: ``C = Σ x xᵀ``, the GPTQ Hessian up to a factor 2; where calibration was asked to weigh tokens by the
+            loss, ``Σ c x xᵀ`` with ``c`` how much the loss feels the token's output. (experts, in, in)
         weighted_moment: ``S_g = Σ s_g x xᵀ`` with ``s_g`` the mean of ``δ_j²`` over the channels ``j`` of group ``g``: the
             GLAS Hessian (MoBiE Eq. 10). (experts, groups, in, in). Channel ``j`` is in group ``j · groups // channels``.
             ``δ`` is ``Aᵀδ`` where calibration was given a shared left factor ``A`` for this projection. None if no gradient

@@ -23,6 +23,7 @@ from moebius.types import PROJECTIONS, ExpertWeights, LayerStats, MoeLayer
 
 FULL = StatisticsRequest(gradients=True, router_moment=True, output_fisher=True)
 Rows = list[tuple[int, Tensor, Tensor]]  # expert, x, y with its gradient
+Routing = dict[str, list[float]]  # by layer, the routing weight of each row
 
 
 def token_windows(count: int = 3, length: int = 12) -> Tensor:
@@ -34,7 +35,9 @@ def collect(model: PreTrainedModel, request: StatisticsRequest = FULL, **options
     return {stats.name: stats for stats in stream_statistics(describe(model), windows, request, **options)}
 
 
-def by_hand(model: PreTrainedModel, windows: Tensor) -> tuple[dict[str, dict[str, Rows]], dict[str, Tensor]]:
+def by_hand(
+    model: PreTrainedModel, windows: Tensor, routing: Routing | None = None
+) -> tuple[dict[str, dict[str, Rows]], dict[str, Tensor]]:
     """Every token through every chosen expert on its own, in one graph from the embedding to the mean loss of all windows."""
     moe = describe(model)
     seen: dict[str, dict[str, Rows]] = {layer.name: {"gate_up": [], "down": []} for layer in moe.moe_layers}
@@ -61,6 +64,8 @@ def by_hand(model: PreTrainedModel, windows: Tensor) -> tuple[dict[str, dict[str
                     z.retain_grad()
                     seen[layer.name]["down"].append((e, inner.detach(), z))
                     total = total + z * top_k_weights[t, k]
+                    if routing is not None:
+                        routing.setdefault(layer.name, []).append(top_k_weights[t, k].item())
                 totals.append(total)
             return torch.stack(totals)
 
@@ -126,6 +131,24 @@ def test_statistics_equal_brute_force(name: str) -> None:
                 assert_same(got.output_fisher, deltas.T @ deltas)
             else:
                 assert got.output_fisher is None
+
+
+@pytest.mark.parametrize("name", ["olmoe", "gpt_oss"])
+def test_tokens_weigh_by_what_the_loss_feels_and_what_their_routing_lets_expect(name: str) -> None:
+    model, windows, routing = tiny_model(name), token_windows(), {}
+    seen, _ = by_hand(model, windows, routing)
+    request = StatisticsRequest(gradients=True, weighted_moments=False, by_loss=True)
+    for layer_name, stats in collect(model, request, batch_size=2).items():
+        squares = torch.tensor(routing[layer_name]).square()
+        for projection in PROJECTIONS:
+            rows, got = seen[layer_name][projection], stats.projection(projection)
+            felt = torch.stack([gradient(y).square().mean() for _, _, y in rows])
+            weights = (felt + squares * felt.sum() / squares.sum()) / 2
+            wanted = torch.zeros_like(got.second_moment)
+            for (expert, x, _), weight in zip(rows, weights, strict=True):
+                wanted[expert] += weight * x.outer(x)
+            assert_same(got.second_moment, wanted)
+            assert got.weighted_moment is None
 
 
 def test_one_group_per_channel_is_equation_10() -> None:

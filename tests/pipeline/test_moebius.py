@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tests.tiny import save_tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moebius.calibrate.tokens import calibration_windows
 from moebius.checkpoint.writer import CheckpointWriter
+from moebius.evaluate.evaluation import evaluate_model
 from moebius.evaluate.size import packed_checkpoint_size
 from moebius.pipeline import quantize_model
 from moebius.recipe import CalibrationSettings, Recipe
 from moebius.reference_model import reference_path
 
 CALIBRATION = CalibrationSettings(windows=4, window_length=32)
+
+REFINED = {"refine": True, "refine_steps": 30}
+TRAINED = {"codes", "entry_codes", "entry_grids", "direction_codes", "direction_grids"}
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -66,3 +75,65 @@ def test_a_stopped_run_resumes_and_writes_the_same_bytes(
     assert (again == []) == (stop_in == "quantize") and kept[0] not in again
     assert files_of(tmp_path / "whole") == files_of(tmp_path / "resumed")
     assert not (tmp_path / ".resumed.partial").exists()
+
+
+def test_refined_logits_are_nearer_in_as_many_bytes(tmp_path: Path) -> None:
+    """On held-out windows, not those that it was trained on; and twice the same bytes."""
+    calibration = CalibrationSettings(windows=16, window_length=64)
+    held_out = calibration_windows(replace(calibration, split="held-out"), AutoTokenizer.from_pretrained(reference_path()))
+    original = AutoModelForCausalLM.from_pretrained(reference_path(), dtype=torch.float32)
+    divergence, size = {}, {}
+    for name, options in {"plain": {}, "refined": REFINED, "again": REFINED}.items():
+        recipe = Recipe.make("moebius", 0.5, **options)
+        report = quantize_model(reference_path(), tmp_path / name, recipe, calibration)
+        packed = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
+        divergence[name] = evaluate_model(packed, held_out, reference=original).kl
+        size[name] = sum(path.stat().st_size for path in (tmp_path / name).glob("*.safetensors"))
+        assert ("refine" in report) == (name != "plain")
+    assert divergence["refined"] < 0.97 * divergence["plain"]
+    assert size["refined"] == size["plain"]
+    assert files_of(tmp_path / "refined") == files_of(tmp_path / "again")
+
+
+def test_refinement_leaves_everything_but_scales_and_bases_alone(tmp_path: Path) -> None:
+    for name, options in {"plain": {}, "refined": REFINED}.items():
+        quantize_model(reference_path(), tmp_path / name, Recipe.make("moebius", 1, **options), CALIBRATION)
+    plain, refined = (
+        {key: t for file in (tmp_path / name).glob("*.safetensors") for key, t in load_file(file).items()}
+        for name in ("plain", "refined")
+    )
+    changed = {name.rpartition(".")[2] for name in plain if not torch.equal(plain[name], refined[name])}
+    assert {"codes", "entry_codes", "direction_codes"} <= changed <= TRAINED
+
+
+def test_a_refinement_that_was_stopped_is_done_again(olmoe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe.make("moebius", 2, **REFINED)
+    quantize_model(olmoe, tmp_path / "whole", recipe, CALIBRATION)
+    write = CheckpointWriter.write_layer
+
+    def stop_at_the_second(self: CheckpointWriter, name: str, *rest: object) -> None:
+        if self.entries():
+            raise KeyboardInterrupt
+        write(self, name, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointWriter, "write_layer", stop_at_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            quantize_model(olmoe, tmp_path / "resumed", recipe, CALIBRATION)
+    packed_again: list[str] = []
+    keep_layer = CheckpointWriter.keep_layer
+    monkeypatch.setattr(
+        CheckpointWriter, "keep_layer", lambda self, name, *rest: (packed_again.append(name), keep_layer(self, name, *rest))
+    )
+    quantize_model(olmoe, tmp_path / "resumed", recipe, CALIBRATION)
+    assert packed_again == []
+    assert files_of(tmp_path / "whole") == files_of(tmp_path / "resumed")
+
+
+@pytest.mark.parametrize("architecture", ["gpt_oss", "nemotron_h", "qwen2_moe"])
+def test_other_architectures_can_be_refined(architecture: str, tmp_path: Path) -> None:
+    save_tiny(architecture, tmp_path / "source")
+    recipe = Recipe.make("moebius", 2, refine=True, refine_steps=12)
+    report = quantize_model(tmp_path / "source", tmp_path / "packed", recipe, CALIBRATION)
+    losses = report["refine"]["nats_per_token"]
+    assert losses[-1] < losses[0]

@@ -29,6 +29,7 @@ class ProjectionSums:
             the channels of ``S`` and ``γ``.
         output_fisher: whether to sum ``G = Σ δ δᵀ`` too.
         weighted_moments: whether to sum ``S`` where there are gradients; it takes as much as ``C``.
+        by_loss: whether ``C`` is that of :class:`FeltMoments`; wants gradients, and takes twice as much.
         device: where the sums are kept.
     """
 
@@ -42,11 +43,13 @@ class ProjectionSums:
         left: Tensor | None = None,
         output_fisher: bool = False,
         weighted_moments: bool = True,
+        by_loss: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
         self._tokens = torch.zeros(experts, dtype=torch.int64, device=device)
         self._sum = torch.zeros(experts, inputs, device=device)
-        self._moment = torch.zeros(experts, inputs, inputs, device=device)
+        self._felt = FeltMoments(experts, inputs, device) if by_loss else None
+        self._moment = torch.zeros(0 if by_loss else experts, inputs, inputs, device=device)
         self._left = left
         self._squares = 0.0
         self._outputs = outputs
@@ -65,13 +68,16 @@ class ProjectionSums:
             if output_fisher:
                 self._output_fisher = torch.zeros(outputs, outputs, device=device)
 
-    def add(self, assignment: Assignment, inputs: Tensor, gradient: Tensor | None = None) -> None:
+    def add(
+        self, assignment: Assignment, inputs: Tensor, gradient: Tensor | None = None, routing: Tensor | None = None
+    ) -> None:
         """Add the rows of one batch.
 
         Args:
             assignment: which expert each row belongs to.
             inputs: ``x``, (rows, in).
             gradient: ``δ``, (rows, out); None without gradients.
+            routing: weight of each row's expert in the output of the layer, (rows,); read where ``by_loss`` was asked for.
         """
         squares = weights = None
         if gradient is not None and self._average is not None:
@@ -80,13 +86,16 @@ class ProjectionSums:
                 self._output_fisher.addmm_(gradient.T, gradient)
             squares = (gradient if self._left is None else gradient @ self._left).square()  # (rows, channels)
             weights = squares @ self._average if self._weighted is not None else None  # s, (rows, groups)
+            if self._felt is not None and routing is not None:
+                self._felt.add(assignment, inputs, gradient.square().mean(1), routing.square())
         self._tokens += assignment.counts
         hessians = 1 if self._weighted is None else self._weighted.shape[1]
         width = inputs.shape[-1]
         for batch in assignment.batches(hessians * width * width, (hessians + 1) * width):
             x = batch.gather(inputs)  # (batch, longest, in)
             self._sum.index_add_(0, batch.experts, x.sum(1))
-            self._moment.index_add_(0, batch.experts, x.mT @ x)
+            if self._felt is None:
+                self._moment.index_add_(0, batch.experts, x.mT @ x)
             if squares is not None and self._fisher is not None:
                 self._fisher.index_add_(0, batch.experts, batch.gather(squares).sum(1))
             if weights is not None and self._weighted is not None:
@@ -94,14 +103,49 @@ class ProjectionSums:
                 self._weighted.index_add_(0, batch.experts, (weighted.mT @ x).unflatten(1, (hessians, width)))
 
     def result(self) -> ProjectionStats:
-        """The statistics so far; zeros for experts without tokens."""
+        """The statistics of all batches, zeros for experts without tokens; nothing can be added afterwards."""
         rows = int(self._tokens.sum())
         return ProjectionStats(
             tokens=self._tokens,
             mean=self._sum / self._tokens.clamp(min=1).unsqueeze(1),
-            second_moment=self._moment,
+            second_moment=self._moment if self._felt is None else self._felt.result(),
             weighted_moment=self._weighted,
             fisher_diagonal=self._fisher,
             output_fisher=self._output_fisher,
             sensitivity=self._squares / max(1, rows * self._outputs),
         )
+
+
+class FeltMoments:
+    """Second moments in which a token counts as much as the loss feels an error of the expert's output for it.
+
+    What it feels is ``s_t``, the mean of ``δ²`` over the outputs: true for the tokens at hand, but noisy, and a few tokens make
+    up most of it. What it can be expected to feel is ``m w_t²``, where ``w`` is the routing weight through which every ``δ``
+    has come, and ``m = Σ s / Σ w²`` of the layer. Each is half of the weight.
+
+    Args:
+        experts, inputs: of the projection.
+        device: where the sums are kept.
+    """
+
+    def __init__(self, experts: int, inputs: int, device: torch.device | str = "cpu") -> None:
+        # By what was felt, and by what can be expected.
+        self._weights = [0.0, 0.0]
+        self._moments = torch.zeros(2, experts, inputs, inputs, device=device)
+
+    def add(self, assignment: Assignment, inputs: Tensor, felt: Tensor, expected: Tensor) -> None:
+        """Add rows ``x`` (rows, in) with ``s`` and ``w²``, each (rows,)."""
+        width = inputs.shape[-1]
+        for kind, weights in enumerate((felt, expected)):
+            self._weights[kind] += float(weights.sum(dtype=torch.float64))
+            for batch in assignment.batches(width * width, 2 * width):
+                x = batch.gather(inputs)  # (batch, longest, in)
+                weighted = x * batch.gather(weights.unsqueeze(1))
+                self._moments[kind].index_add_(0, batch.experts, weighted.mT @ x)
+
+    def result(self) -> Tensor:
+        """``Σ (s + m w²)/2 x xᵀ``, (experts, in, in), in the memory of the sums."""
+        felt, expected = self._weights
+        ratio = felt / expected if expected else 0.0
+        moments, prior = self._moments
+        return moments.add_(prior, alpha=ratio).mul_(0.5)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from moebius.calibrate.grouped import Assignment, grouped_linear
 from moebius.calibrate.layerwise import replaced_forwards
-from moebius.types import ExpertsLayout, MoeLayer
+from moebius.types import PROJECTIONS, ExpertsLayout, MoeLayer
+
+#: A projection: sorted rows (rows, in) and which expert each belongs to, to (rows, out).
+Product = Callable[[Tensor, Assignment], Tensor]
 
 
 @dataclass(frozen=True)
@@ -19,17 +22,24 @@ class Observation:
     """One forward of the experts of a layer. Rows are (token, expert) pairs, sorted by expert.
 
     Attributes:
+        routing: weight of each row's expert in the output of the layer. (rows,)
         inputs: per projection, (rows, in).
         outputs: per projection, (rows, out), part of the graph: gradients can be asked for.
     """
 
     assignment: Assignment
+    routing: Tensor
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
 
 
 def observed_forward(
-    experts: nn.Module, layout: ExpertsLayout, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    experts: nn.Module,
+    layout: ExpertsLayout,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    products: Mapping[str, Product] | None = None,
 ) -> tuple[Tensor, Observation]:
     """What the experts module computes, and what its projections saw.
 
@@ -37,27 +47,38 @@ def observed_forward(
         hidden_states: (tokens, hidden).
         top_k_index: (tokens, top_k); an index of ``layout.experts`` or more is skipped.
         top_k_weights: (tokens, top_k).
+        products: what takes the place of each projection's matrices; None: the module's own.
 
     Returns:
         (tokens, hidden), and the observation.
     """
     module: Any = experts
     tokens, choices = top_k_index.shape
-    weights = layout.weights("", experts)
+    products = _own_products(experts, layout) if products is None else products
     assignment = Assignment.of(top_k_index, layout.experts)
     # Expanded first and picked second, so that no row is picked twice: the gradient of a repeated pick is a scatter-add whose
     # order is left open, and the same seed has to give the same bytes.
     repeated = hidden_states.unsqueeze(1).expand(-1, choices, -1).flatten(0, 1)
     inputs = {"gate_up": repeated.index_select(0, assignment.order)}
-    gate_up = grouped_linear(inputs["gate_up"], weights.gate_up, assignment)
+    gate_up = products["gate_up"](inputs["gate_up"], assignment)
     gate_up = _with_bias(gate_up, module, layout.gate_up_name, layout, assignment)
     inputs["down"] = module._apply_gate(gate_up) if layout.has_gate else module.act_fn(gate_up)
-    down = grouped_linear(inputs["down"], weights.down, assignment)
+    down = products["down"](inputs["down"], assignment)
     down = _with_bias(down, module, layout.down_name, layout, assignment)
-    weighted = down * top_k_weights.reshape(-1)[assignment.order].unsqueeze(-1)
+    routing = top_k_weights.reshape(-1)[assignment.order]
+    weighted = down * routing.unsqueeze(-1)
     placed = weighted.new_zeros(tokens * choices, layout.hidden).index_copy(0, assignment.order, weighted)
     total = placed.view(tokens, choices, layout.hidden).sum(1).to(hidden_states.dtype)
-    return total, Observation(assignment, inputs, {"gate_up": gate_up, "down": down})
+    return total, Observation(assignment, routing.detach().float(), inputs, {"gate_up": gate_up, "down": down})
+
+
+def _own_products(experts: nn.Module, layout: ExpertsLayout) -> dict[str, Product]:
+    weights = layout.weights("", experts)
+
+    def product(weight: Tensor) -> Product:
+        return lambda rows, assignment: grouped_linear(rows, weight, assignment)
+
+    return {name: product(weights.projection(name)) for name in PROJECTIONS}
 
 
 def _with_bias(rows: Tensor, module: Any, name: str, layout: ExpertsLayout, assignment: Assignment) -> Tensor:

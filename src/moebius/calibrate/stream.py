@@ -45,6 +45,8 @@ class StatisticsRequest:
         router_moment: sum ``x xᵀ`` over what met the router, where the model has a router that can be found.
         output_fisher: sum ``G`` at ``down``.
         weighted_moments: sum ``S`` where there are gradients.
+        by_loss: weigh tokens in ``C`` by how much the loss feels their outputs, see
+            :class:`moebius.calibrate.accumulate.FeltMoments`; wants ``gradients``.
     """
 
     gradients: bool
@@ -53,6 +55,7 @@ class StatisticsRequest:
     router_moment: bool = False
     output_fisher: bool = False
     weighted_moments: bool = True
+    by_loss: bool = False
 
 
 def stream_statistics(
@@ -209,6 +212,7 @@ class _LayerSums:
                 left=left.get(name),
                 output_fisher=request.output_fisher and name == "down",
                 weighted_moments=request.weighted_moments,
+                by_loss=request.by_loss,
                 device=weights.down.device,
             )
         self.router_moment: Tensor | None = None
@@ -220,7 +224,7 @@ class _LayerSums:
     def add(self, observation: Observation, gradients: dict[str, Tensor] | None = None) -> None:
         for name, sums in self._projections.items():
             gradient = None if gradients is None else gradients[name]
-            sums.add(observation.assignment, observation.inputs[name].detach(), gradient)
+            sums.add(observation.assignment, observation.inputs[name].detach(), gradient, observation.routing)
 
     def result(self) -> LayerStats:
         return LayerStats(

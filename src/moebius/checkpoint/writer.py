@@ -18,7 +18,8 @@ from moebius.checkpoint.manifest import MANIFEST_NAME, manifest_text
 from moebius.checkpoint.reader import SourceCheckpoint
 from moebius.checkpoint.shards import INDEX_NAME, MemoryTensor, StoredTensor, byte_count, read_shard, write_shard, write_text
 from moebius.errors import CheckpointError, MoebiusError, OutputError
-from moebius.formats import Packed, PackedProjection
+from moebius.formats import Packed, PackedProjection, from_tensors
+from moebius.formats.projection import projection_from_tensors
 
 #: Bytes of a shard of copied tensors; a single larger tensor gets a shard of its own.
 REST_SHARD_BYTES = 2_000_000_000
@@ -126,6 +127,30 @@ class CheckpointWriter:
         """What :meth:`keep` was given under a name, each tensor read when it is asked for; None if nothing was."""
         path = self._kept / f"{name}.safetensors"
         return KeptTensors(path) if path.is_file() else None
+
+    def keep_layer(self, name: str, packed: Mapping[str, PackedProjection | Packed], entry: Any = None) -> None:
+        """Remember a layer that is packed but will be packed again, as :meth:`write_layer` would write it.
+
+        Raises:
+            OutputError: the disk is full or not writable.
+        """
+        self.keep(f"packed-{name}", {f"{path}.{key}": t for path, p in packed.items() for key, t in p.tensors().items()})
+        record = {"name": name, "entry": entry, "modules": {path: p.spec() for path, p in packed.items()}}
+        with self._writing():
+            write_text(self._kept / f"packed-{name}.json", json.dumps(record) + "\n")
+
+    def kept_layers(self) -> dict[str, tuple[dict[str, PackedProjection | Packed], Any]]:
+        """Packed modules and entry of every layer that :meth:`keep_layer` was given."""
+        layers = {}
+        for path in sorted(self._kept.glob("packed-*.json"), key=_natural):
+            record = json.loads(path.read_text(encoding="utf-8"))
+            stored = KeptTensors(path.with_suffix(".safetensors"))
+            packed: dict[str, PackedProjection | Packed] = {}
+            for module, spec in record["modules"].items():
+                own = {name.removeprefix(f"{module}."): t for name, t in stored.items() if name.startswith(f"{module}.")}
+                packed[module] = projection_from_tensors(spec, own) if "factor" in spec else from_tensors(spec, own)
+            layers[record["name"]] = packed, record["entry"]
+        return layers
 
     def copy_rest(self, checkpoint: SourceCheckpoint, exclude: Collection[str]) -> None:
         """Copy all other tensors bit for bit under their own names, a few megabytes in memory at a time.

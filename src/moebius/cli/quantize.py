@@ -39,6 +39,8 @@ moebius quantize allenai/OLMoE-1B-7B-0924 --method mobie --set gain=true --out O
 
 moebius quantize ./model --bits 0.75 --rest int8
 
+moebius quantize ./model --bits 0.5 --windows 256 --refine
+
 moebius quantize ./model --method gptq --bits 2 --calibration wikitext2 --windows 128 --window-length 2048
 
 {options_help()}"""
@@ -50,6 +52,14 @@ def quantize(
     bits: Bits = None,
     rest: Rest = "bf16",
     set_: Set = None,
+    refine: Annotated[
+        bool,
+        typer.Option(
+            "--refine",
+            help="Afterwards train scales and bases for some minutes, so that the logits become the original's. The size stays"
+            " the same; moebius only; the same as --set refine=true.",
+        ),
+    ] = False,
     calibration: Calibration = CalibrationSettings.text,
     windows: Windows = CalibrationSettings.windows,
     window_length: WindowLength = CalibrationSettings.window_length,
@@ -67,7 +77,7 @@ def quantize(
     Finished layers are kept in a hidden folder beside the output: a run that was stopped goes on where it was when the same
     command is given again. The output folder appears at the end, complete.
     """
-    recipe = recipe_from(method, bits, set_, rest)
+    recipe = recipe_from(method, bits, [*(set_ or []), *(["refine=true"] if refine else [])], rest)
     settings = calibration_from(calibration, windows, window_length, seed)
     source = model_or_reference(model)
     folder = require_free(out or default_folder(source, recipe))

@@ -176,22 +176,26 @@ class Planes(Packed):
         widths = (self.widths if index is None else self.widths[index]).long()
         return (torch.arange(self.directions, device=widths.device) < widths.unsqueeze(2)).sum(1)
 
-    def unpack(self, index: Tensor | None = None) -> Tensor:
+    def levels(self, index: Tensor | None = None) -> Tensor:
+        """Sums of signed amplitudes, zero without planes. (chosen, directions, entries) float32"""
         assert self.widths is not None and self.signs is not None
         every = self.widths.long().flatten()
         begins = (every.cumsum(0) - every).view(self.batch, self.planes)
         widths = self.widths.long()
         if index is not None:
             begins, widths = begins[index], widths[index]
-        counts, scales = self.counts(index), self.direction_scales(index)
         table = torch.tensor([[0.0] * MOST_PLANES, *(a + (0.0,) * (MOST_PLANES - len(a)) for a in AMPLITUDES.values())])
-        amplitudes = table.to(scales.device)[counts] * scales.unsqueeze(2)  # (chosen, directions, planes)
-        values = torch.zeros(len(widths), self.directions, self.entries, device=scales.device)
+        amplitudes = table.to(widths.device)[self.counts(index)]  # (chosen, directions, planes)
+        levels = torch.zeros(len(widths), self.directions, self.entries, device=widths.device)
         for plane in range(self.planes):
-            covered = torch.arange(self.directions, device=scales.device) < widths[:, plane, None]
+            covered = torch.arange(self.directions, device=widths.device) < widths[:, plane, None]
             matrix, direction = covered.nonzero(as_tuple=True)
             signs = unpack_signs(self.signs[begins[matrix, plane] + direction], self.entries).float()
-            values[matrix, direction] += signs * amplitudes[matrix, direction, plane, None]
+            levels[matrix, direction] += signs * amplitudes[matrix, direction, plane, None]
+        return levels
+
+    def unpack(self, index: Tensor | None = None) -> Tensor:
+        values = self.levels(index).mul_(self.direction_scales(index).unsqueeze(2))
         values *= self.entry_scales(index).unsqueeze(1)
         return values.mT.contiguous() if self.side == "input" else values
 

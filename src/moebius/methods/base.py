@@ -29,7 +29,7 @@ class Survey:
         look: as ``Method.quantize``, to what must be remembered of the projection: tensors by name, kept on disk.
         share_out: from what was remembered of every projection of every layer, in order, to what each is given, in the same
             order. Tensors are read when they are asked for.
-        needs: what ``look`` wants of calibration: ``"inputs"`` or ``"gradients"``.
+        needs: as ``Method.needs``, of ``look``.
     """
 
     look: Callable[[Tensor, ProjectionStats, Recipe, str], dict[str, Tensor]]
@@ -46,7 +46,8 @@ class Method:
             and projection (``"gate_up"`` or ``"down"``) to what is stored.
         plan: from the shape (experts, out, in), recipe and projection to what ``quantize`` would return, with tensors on the
             meta device.
-        needs: what a recipe wants of calibration: ``"nothing"``, ``"inputs"`` or ``"gradients"``.
+        needs: what a recipe wants of calibration: ``"nothing"``, ``"inputs"``, ``"felt"`` (inputs weighed by how much the
+            loss feels their outputs) or ``"gradients"``.
         left_factor: the shared left factor ``A`` (out, rank) of these weights where the expert factors sit behind one, so
             that calibration can gather ``Aᵀδ``; None elsewhere.
         survey: for methods that look at the whole model first. Their ``quantize`` takes ``survey``, what was remembered of
@@ -60,9 +61,9 @@ class Method:
     survey: Survey | None = None
 
     def most_needed(self, recipe: Recipe) -> str:
-        """What calibration must gather at its most demanding: ``"nothing"``, ``"inputs"`` or ``"gradients"``."""
+        """What calibration must gather at its most demanding: one of the words of ``needs``."""
         wants = [self.needs(recipe), *([self.survey.needs(recipe)] if self.survey else [])]
-        return max(wants, key=("nothing", "inputs", "gradients").index)
+        return max(wants, key=("nothing", "inputs", "felt", "gradients").index)
 
 
 def in_chunks(experts: int, inputs: int, quantize: Callable[[slice], Packed]) -> Packed:

@@ -191,7 +191,7 @@ def plan(shape: tuple[int, int, int], recipe: Recipe, projection: str) -> Packed
 
 def needs(recipe: Recipe) -> str:
     """Second moments, once the budget is shared out."""
-    return "inputs"
+    return "felt" if recipe.felt else "inputs"
 
 
 def survey_needs(recipe: Recipe) -> str:

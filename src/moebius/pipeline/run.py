@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -27,6 +28,7 @@ from moebius.methods.router import quantize_router
 from moebius.models.layout import read_weights
 from moebius.models.load import check_coverage, load_moe_model
 from moebius.pipeline.memory import PeakMemory
+from moebius.pipeline.refine import refine
 from moebius.progress import Progress, Silent
 from moebius.recipe import CalibrationSettings, Recipe
 from moebius.types import PROJECTIONS, ExpertWeights, LayerStats, MoeLayer, MoeModel
@@ -83,15 +85,23 @@ def quantize_model(
     if job.method.survey is not None and windows is not None:
         job.survey(windows, writer, progress)
         clock.lap("survey")
-    for name, packed, entry in job.packed_layers(windows, writer, progress):
-        writer.write_layer(name, packed, entry)
-    clock.lap("calibrate and quantize")
+    if recipe.refine and windows is not None:
+        for name, packed, entry in job.packed_layers(windows, writer.kept_layers(), writer.out, progress):
+            writer.keep_layer(name, packed, entry)
+        clock.lap("calibrate and quantize")
+        refined = {"refine": job.refine(windows, calibration.seed, writer, progress)}
+        clock.lap("refine")
+    else:
+        refined = {}
+        for name, packed, entry in job.packed_layers(windows, writer.entries(), writer.out, progress):
+            writer.write_layer(name, packed, entry)
+        clock.lap("calibrate and quantize")
 
     modules = writer.modules()
     check_coverage(moe, modules)
     writer.copy_rest(checkpoint, expert_tensor_names(checkpoint, moe.model, modules))
     entries = writer.entries()
-    report = {"format_version": FORMAT_VERSION, **settings, "layers": [entries[name] for name in job.unit_names()]}
+    report = {"format_version": FORMAT_VERSION, **settings, "layers": [entries[name] for name in job.unit_names()], **refined}
     config = {"quant_method": "moebius", "format_version": FORMAT_VERSION, **settings, "modules": modules}
     writer.finish(checkpoint, config, {REPORT_NAME: json.dumps(report, indent=1) + "\n"})
     clock.lap("write")
@@ -118,7 +128,7 @@ class _Job:
         seen = [name for name in layers if writer.kept(f"{name}.{PROJECTIONS[-1]}") is not None]
         gradients = survey.needs(self.recipe) == "gradients"
         request = StatisticsRequest(gradients, output_fisher=gradients, weighted_moments=False)
-        work = self._work(windows, gradients, writer.out)
+        work = self._work(windows, request.gradients, writer.out)
         for stats in stream_statistics(self.moe, windows, request, skip=seen, work=work, progress=progress):
             layer = layers[stats.name]
             weights = read_weights(layer.name, layer.experts)
@@ -135,10 +145,9 @@ class _Job:
         progress.advance(f"{len(places)} projections")
 
     def packed_layers(
-        self, windows: Tensor | None, writer: CheckpointWriter, progress: Progress
+        self, windows: Tensor | None, finished: Collection[str], out: Path, progress: Progress
     ) -> Iterator[tuple[str, dict[str, PackedProjection | Packed], dict[str, Any]]]:
         """Name, packed modules and report entry of every unit that is not finished yet."""
-        finished = writer.entries().keys()
         layers = {layer.name: layer for layer in self.moe.moe_layers}
         if windows is None:
             progress.stage("quantizing", len(layers))
@@ -148,7 +157,7 @@ class _Job:
                 progress.advance(layer.name)
         else:
             request = self._request()
-            work = self._work(windows, request.gradients, writer.out)
+            work = self._work(windows, request.gradients, out)
             for stats in stream_statistics(self.moe, windows, request, skip=finished, work=work, progress=progress):
                 name, (packed_layer, entry) = stats.name, self._pack_layer(layers[stats.name], stats)
                 del stats  # one layer's statistics in memory, not two
@@ -158,6 +167,27 @@ class _Job:
                 weight = self.moe.model.get_parameter(f"{name}.weight").detach().to(self.device)
                 packed = quantize_linear(weight, bits)
                 yield name, {name: packed}, {"name": name, "bits": packed.stored_bits() / weight.numel()}
+
+    def refine(self, windows: Tensor, seed: int, writer: CheckpointWriter, progress: Progress) -> dict[str, Any]:
+        """Train what is continuous in the layers that were kept, and write them; from the start again if it was stopped.
+
+        Returns:
+            For the report: how far the logits are from the original's, in nats per token, over each tenth of the steps.
+        """
+        kept = writer.kept_layers()
+        paths = {layer.name: _parameter_paths(layer) for layer in self.moe.moe_layers}
+        layers: dict[str, dict[str, PackedProjection]] = {}
+        for name, of_projection in paths.items():
+            packed = kept[name][0]
+            layers[name] = {
+                p: found for p, path in of_projection.items() if isinstance(found := packed[path], PackedProjection)
+            }
+        refined, losses = refine(self.moe, layers, windows, steps=self.recipe.refine_steps, seed=seed, progress=progress)
+        for name, (modules, entry) in kept.items():
+            again = {paths[name][p]: projection for p, projection in refined.get(name, {}).items()}
+            writer.write_layer(name, {**modules, **again}, entry)
+        tenths = torch.tensor(losses, dtype=torch.float64).chunk(10)
+        return {"nats_per_token": [round(float(tenth.mean()), 6) for tenth in tenths]}
 
     def _work(self, windows: Tensor, gradients: bool, out: Path) -> Path | None:
         """Where hidden states go: into memory, or beside the output where they are too many for that."""
@@ -172,12 +202,14 @@ class _Job:
         return [layer.name for layer in self.moe.moe_layers] + list(packed_linears(self.moe, self.recipe))
 
     def _request(self) -> StatisticsRequest:
-        gradients = self.needs == "gradients"
+        gradients, felt = self.needs == "gradients", self.needs == "felt"
         return StatisticsRequest(
-            gradients=gradients,
+            gradients=gradients or felt,
             glas_groups=self.recipe.glas_groups,
             left_factors=self._left_factors if gradients else None,
             router_moment=self.binary_router,
+            weighted_moments=gradients,
+            by_loss=felt,
         )
 
     def _left_factors(self, weights: ExpertWeights) -> dict[str, Tensor]:

@@ -1,0 +1,93 @@
+"""Nested sign planes behind a shared basis, with everything but the signs open to training.
+
+What is trained are the logarithms of the scales and the entries of the basis. They are used as they will be stored, rounded
+to their codes, and gradients pass straight through the rounding (Bengio et al., 2013): what a loss has seen is what is written.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moebius.formats.graded import Graded
+from moebius.formats.logarithmic import decode, encode
+from moebius.formats.planes import Planes
+from moebius.formats.projection import PackedProjection
+
+_SMALLEST = 1e-30  # scales are positive; this stands in for zero
+
+
+class TrainableProjection(nn.Module):
+    """``W_e = B_e T`` or ``W_e = U F_e`` of packed :class:`Planes` and :class:`Graded`.
+
+    Attributes:
+        levels: of the expert factors, as (experts, out, in); constant. float32
+        log_directions: logarithms of the scales of directions, (experts, directions).
+        log_entries: logarithms of the scales of entries, (experts, entries).
+        directions: of the basis, before rounding. (directions, length)
+    """
+
+    levels: Tensor
+
+    def __init__(self, projection: PackedProjection) -> None:
+        super().__init__()
+        factor, basis = projection.factor, projection.left or projection.right
+        assert isinstance(factor, Planes) and isinstance(basis, Graded)
+        assert basis.scale_codes is not None and basis.scale_grid is not None
+        self._factor, self._basis = factor, basis
+        self._live = factor.counts() > 0
+        self._steps = decode(basis.scale_codes, basis.scale_grid)[0].unsqueeze(1)  # (directions, 1)
+        highest = [2.0**grade - 1 for grade, count in basis.runs() for _ in range(count)]
+        self._highest = torch.tensor(highest, device=self._steps.device).unsqueeze(1)  # code of a direction
+        levels = factor.levels()
+        self.levels = levels.mT.contiguous() if factor.side == "input" else levels
+        self.log_directions = nn.Parameter(factor.direction_scales().clamp_min(_SMALLEST).log())
+        self.log_entries = nn.Parameter(factor.entry_scales().log())
+        values = basis.unpack()[0]
+        self.directions = nn.Parameter(values if factor.side == "input" else values.mT.contiguous())
+
+    @property
+    def before_factor(self) -> bool:
+        """Whether the basis meets the input, before the factor, or what the factor puts out."""
+        return self._factor.side == "input"
+
+    def scales(self) -> tuple[Tensor, Tensor]:
+        """Of directions (experts, directions), zero where there is no plane, and of entries (experts, entries)."""
+        bits = self._factor.scale_bits
+        directions = _through(self.log_directions, decode(*encode(self.log_directions.exp(), bits, self._live)).log())
+        entries = _through(self.log_entries, decode(*encode(self.log_entries.exp(), bits)).log())
+        return directions.exp() * self._live, entries.exp()
+
+    def basis(self) -> Tensor:
+        """The directions, (directions, length)."""
+        return _through(self.directions, (self._codes() - self._highest / 2) * self._steps)
+
+    def packed(self) -> PackedProjection:
+        """What is stored for it: as many bytes as before."""
+        factor, basis = self._factor, self._basis
+        assert factor.signs is not None and factor.widths is not None
+        assert basis.scale_codes is not None and basis.scale_grid is not None
+        with torch.no_grad():
+            packed = Planes.pack(
+                factor.signs,
+                factor.widths,
+                *encode(self.log_entries.exp(), factor.scale_bits),
+                *encode(self.log_directions.exp(), factor.scale_bits, self._live),
+                side=factor.side,
+                directions=factor.directions,
+                entries=factor.entries,
+                scale_bits=factor.scale_bits,
+            )
+            bits = [grade for grade, count in basis.runs() for _ in range(count)]
+            codes = self._codes().to(torch.int64).unsqueeze(0)
+            rounded = Graded.pack(codes, basis.scale_codes, basis.scale_grid, side=basis.side, bits=bits)
+        return PackedProjection(packed, **{"right" if self.before_factor else "left": rounded})
+
+    def _codes(self) -> Tensor:
+        codes = (self.directions.detach() / self._steps + self._highest / 2).round()
+        return torch.minimum(codes.clamp_min(0), self._highest)
+
+
+def _through(value: Tensor, rounded: Tensor) -> Tensor:
+    """``rounded``, with the gradient of ``value``."""
+    return value + (rounded - value).detach()
