@@ -48,16 +48,21 @@ def olmoe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_architecture_becomes_a_packed_model_that_runs(architecture: str, tmp_path: Path) -> None:
+def test_every_architecture_becomes_a_packed_model_that_runs(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_tiny(architecture, tmp_path / "source")
     report = quantize(tmp_path / "source", tmp_path / "packed")
-    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
-    with torch.no_grad():
-        before = packed(IDS).logits
-        moebius.dequantize(packed)
-        after = packed(IDS).logits
-    assert before.isfinite().all()
-    assert (before - after).norm() <= 4e-3 * after.norm()  # kernels round the inputs of experts, by a thousandth or less
+    # The kernels round the inputs of experts, to bytes where there are many: a hundredth, and these layers magnify it.
+    for kernel, close in (("reference", 1e-4), ("", 5e-2)):
+        monkeypatch.setenv("MOEBIUS_KERNEL", kernel)
+        packed = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
+        with torch.no_grad():
+            before = packed(IDS).logits
+            moebius.dequantize(packed)
+            after = packed(IDS).logits
+        assert before.isfinite().all()
+        assert (before - after).norm() <= close * after.norm()
     assert all(len(entry["tokens_per_expert"]) for entry in report["layers"])
     source, stored = stored_tensors(tmp_path / "source"), stored_tensors(tmp_path / "packed")
     untouched = source.keys() & stored.keys()
