@@ -42,7 +42,9 @@ class Recipe:
     block_size: int = _option(128, "columns per block of the error feedback: a matter of speed")
     damping: float = _option(0.01, "share of the mean diagonal added to every Hessian")
     layer_lean: float = _option(0.03, "how much an expert's Hessian leans on the mean of its layer (ρ)")
-    scale_bits: int = _option(5, "bits of the scale of a direction or an entry of a sign plane", (3, 4, 5, 6, 7, 8))
+    scale_bits: int = _option(
+        5, "bits of the scale of a direction or an entry of a sign plane (8 from three bits on)", (3, 4, 5, 6, 7, 8)
+    )
     sweeps: int = _option(1, "passes over the planes after the first, each in view of all errors")
     felt: bool = _option(False, "fit planes to the tokens by how much the loss feels their outputs (moebius: on below one bit)")
     refine: bool = _option(False, "train scales and bases afterwards, so that the logits become the original's")
@@ -158,9 +160,11 @@ def _whole_rows_at_one_bit(bits: float) -> dict[str, Any]:
     return {"group_size": 0} if bits == 1 else {}
 
 
-def _felt_below_one_bit(bits: float) -> dict[str, Any]:
-    """Where most directions get no bits at all, it matters which tokens the rest is fitted to; later it does not pay."""
-    return {"felt": bits < 1}
+def _by_budget(bits: float) -> dict[str, Any]:
+    """Where most directions get no bits at all, it matters which tokens the rest is fitted to; later it does not pay. Where
+    there are three bits, scales of five are what errs most.
+    """
+    return {"felt": bits < 1, "scale_bits": 8 if bits >= 3 else 5}
 
 
 METHOD_OPTIONS = {
@@ -171,7 +175,7 @@ METHOD_OPTIONS = {
         high=4,
         step=0,
         overrides={"gain": True},
-        overrides_by_bits=_felt_below_one_bit,
+        overrides_by_bits=_by_budget,
     ),
     "mobie": MethodOptions(
         _EVERY_METHOD
