@@ -237,10 +237,10 @@ def test_interrupted_run_says_how_to_go_on(tmp_path: Path, model: Path) -> None:
     command += ["--windows", "2000", "--window-length", "128", "--method", "mobie", "--set", "glas_groups=8"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    # Its work folder says that it has imported everything: Python has an exit code of its own for a signal in the middle of that.
-    while process.poll() is None and not any(tmp_path.glob(".out*")):
+    time.sleep(0.5)
+    while process.poll() is None and "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
         time.sleep(0.2)
-    time.sleep(2)
+    time.sleep(10)  # until all is imported: in the middle of that, Python has an exit code of its own for a signal
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
