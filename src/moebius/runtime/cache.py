@@ -30,15 +30,29 @@ class RoomyLayer(DynamicLayer):
         self.values = self._appended("values", self.values, value_states)
         return self.keys, self.values
 
+    def can_grow(self, texts: int) -> bool:
+        """Whether :meth:`grown` has something to go on from: so many texts."""
+        return self.keys is not None and self.values is not None and self.keys.numel() > 0 and len(self.keys) == texts
+
+    def grown(self) -> tuple[Tensor, Tensor]:
+        """Keys and values with place for one more token, whose contents are the caller's to write."""
+        assert self.keys is not None and self.values is not None
+        self.keys, self.values = self._longer("keys", self.keys, 1), self._longer("values", self.values, 1)
+        return self.keys, self.values
+
     def _appended(self, name: str, held: Tensor, more: Tensor) -> Tensor:
-        begin, end = held.shape[-2], held.shape[-2] + more.shape[-2]
+        longer = self._longer(name, held, more.shape[-2])
+        longer[..., held.shape[-2] :, :] = more
+        return longer
+
+    def _longer(self, name: str, held: Tensor, count: int) -> Tensor:
+        begin, end = held.shape[-2], held.shape[-2] + count
         room = self._rooms.get(name)
         ours = room is not None and room.data_ptr() == held.data_ptr() and room.shape[:2] == held.shape[:2]
         if room is None or not ours or room.shape[-2] < end:
             room = held.new_empty(*held.shape[:-2], end + _SPARE_TOKENS, held.shape[-1])
             room[..., :begin, :] = held
             self._rooms[name] = room
-        room[..., begin:end, :] = more
         return room[..., :end, :]
 
 

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 
 from moebius.runtime.attention import use_single_query_attention
 from moebius.runtime.cache import can_go_on, make_room
+from moebius.runtime.token_step import TokenStep, token_step
 
 
 class Session:
@@ -20,12 +21,14 @@ class Session:
 
     Args:
         model: a causal language model of transformers, packed or not. From now on it attends through
-            :mod:`moebius.runtime.attention` where that is faster.
+            :mod:`moebius.runtime.attention` where that is faster. Single tokens of a packed model go through
+            :mod:`moebius.runtime.token_step` where its architecture allows that.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         use_single_query_attention(model)
         self.model = model
+        self._step: TokenStep | str | None = None
         self._cache: Cache | None = None
         self._read: Tensor | None = None  # (batch, length), what the cache holds
         parameters = inspect.signature(model.forward).parameters
@@ -50,6 +53,8 @@ class Session:
         ends = torch.tensor(sorted(end_tokens), dtype=torch.int64, device=ids.device)
         ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         token = ids[:, -1]
+        if not isinstance(self._step, TokenStep) or not self._step.holds():
+            self._step = token_step(self.model)
         for step in range(new_tokens):
             logits = self._next(ids if step == 0 else token.unsqueeze(1), begins=step == 0)
             token = torch.where(ended, token, _pick(logits, temperature, generator))
@@ -65,12 +70,20 @@ class Session:
         if begins:
             ids = self._unread(ids)
         before, self._read = self._read, None  # a pass that is interrupted leaves a cache that holds nobody knows what
-        output = self.model(input_ids=ids, past_key_values=self._cache, use_cache=True, **self._options)
-        if self._cache is None:
+        logits = self._forward(ids)
+        self._read = ids if before is None else torch.cat([before, ids], 1)
+        return logits
+
+    def _forward(self, ids: Tensor) -> Tensor:
+        step, cache = self._step, self._cache
+        if isinstance(step, TokenStep) and cache is not None and ids.shape[1] == 1 and step.takes(len(ids), cache):
+            return step(ids[:, 0], cache)
+        output = self.model(input_ids=ids, past_key_values=cache, use_cache=True, **self._options)
+        if cache is None:
             self._cache = output.past_key_values
             make_room(self._cache)
-        self._read = ids if before is None else torch.cat([before, ids], 1)
-        return output.logits[:, -1]
+        logits: Tensor = output.logits
+        return logits[:, -1]
 
     def _unread(self, ids: Tensor) -> Tensor:
         """What the cache does not hold yet of a text; all of it, and an empty cache, if the text is another one."""

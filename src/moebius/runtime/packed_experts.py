@@ -35,24 +35,28 @@ class PackedExpertsMixin(PackedMixin):
         """As transformers' experts: (tokens, hidden), (tokens, top_k), (tokens, top_k) to (tokens, hidden)."""
         module: Any = self
         layout = packed_layout(self)
-        activation = module._apply_gate if layout.has_gate else module.act_fn
-        ready = _ready(self, activation)
+        ready = ready_experts(self)
         return ready.experts(
             hidden_states,
             top_k_index,
             top_k_weights,
-            activation,
+            _activation(module),
             _bias(ready.gate_up, getattr(module, f"{layout.gate_up_name}_bias") if layout.has_bias else None),
             _bias(ready.down, getattr(module, f"{layout.down_name}_bias") if layout.has_bias else None),
         )
 
 
-class _Ready:
+def _activation(module: Any) -> Callable[[Tensor], Tensor]:
+    activation: Callable[[Tensor], Tensor] = module._apply_gate if packed_layout(module).has_gate else module.act_fn
+    return activation
+
+
+class ReadyExperts:
     """A layer in the hands of a kernel, and what that was made from."""
 
-    def __init__(self, module: nn.Module, activation: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, module: nn.Module) -> None:
         self.gate_up, self.down = packed_projections(module)
-        self.experts = prepare(self.gate_up, self.down, activation)
+        self.experts = prepare(self.gate_up, self.down, _activation(module))
         layout = packed_layout(module)
         parents = [(module._modules, name) for name in (layout.gate_up_name, layout.down_name)]
         parents += [(part._modules, name) for part in _projection_tensors(module) for name in part._modules]
@@ -68,13 +72,14 @@ class _Ready:
 
 
 #: By module, and outside of it: it is neither saved, nor copied, nor moved.
-_READY: WeakKeyDictionary[nn.Module, _Ready] = WeakKeyDictionary()
+_READY: WeakKeyDictionary[nn.Module, ReadyExperts] = WeakKeyDictionary()
 
 
-def _ready(module: PackedExpertsMixin, activation: Callable[[Tensor], Tensor]) -> _Ready:
+def ready_experts(module: PackedExpertsMixin) -> ReadyExperts:
+    """The layer in the hands of its kernel, prepared once for as long as its tensors stay."""
     ready = _READY.get(module)
     if ready is None or not ready.holds():
-        ready = _READY[module] = _Ready(module, activation)
+        ready = _READY[module] = ReadyExperts(module)
     return ready
 
 

@@ -43,7 +43,7 @@ class PackedLinearMixin(PackedWeightMixin):
         bias: Any = self.bias
         if inputs.requires_grad and torch.is_grad_enabled():  # kernels have no gradients
             return functional.linear(inputs, self.weight, bias)
-        outputs = _ready(self)(inputs.reshape(-1, inputs.shape[-1])).view(*inputs.shape[:-1], -1)
+        outputs = ready_linear(self)(inputs.reshape(-1, inputs.shape[-1])).view(*inputs.shape[:-1], -1)
         return outputs if bias is None else outputs.add_(bias)
 
 
@@ -51,7 +51,8 @@ class PackedLinearMixin(PackedWeightMixin):
 _READY: WeakKeyDictionary[nn.Module, tuple[Watched, Linear]] = WeakKeyDictionary()
 
 
-def _ready(module: PackedLinearMixin) -> Linear:
+def ready_linear(module: PackedLinearMixin) -> Linear:
+    """The layer in the hands of its kernel, prepared once for as long as its tensors stay."""
     found = _READY.get(module)
     if found is None or not found[0].unchanged():
         found = _READY[module] = Watched([module]), prepare(packed_of(module))

@@ -46,16 +46,17 @@ def packed_of(module: nn.Module) -> Packed:
 
 
 class Watched:
-    """Buffers of some modules as they were when a kernel took them."""
+    """Tensors of some modules as they were when a kernel took them."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         # This is asked in every layer for every token: dictionaries are faster than walking through modules.
-        holders = [(module._buffers, name) for module in modules for name in module._buffers]
-        self._buffers = [(holder, name, t, _version(t)) for holder, name in holders if (t := holder[name]) is not None]
+        holders: list[dict[str, Any]] = [holder for m in modules for holder in (m._buffers, m._parameters)]
+        named = [(holder, name, tensor) for holder in holders for name, tensor in holder.items() if tensor is not None]
+        self._tensors = [(holder, name, tensor, _version(tensor)) for holder, name, tensor in named]
 
     def unchanged(self) -> bool:
-        """Whether no buffer was replaced or written to since."""
-        return all(holder.get(name) is t and _version(t) == version for holder, name, t, version in self._buffers)
+        """Whether no tensor was replaced or written to since."""
+        return all(holder.get(name) is t and _version(t) == version for holder, name, t, version in self._tensors)
 
 
 def _version(tensor: Tensor) -> int:

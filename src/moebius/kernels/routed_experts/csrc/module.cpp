@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "decoder.h"
 #include "factors.h"
 #include "level.h"
 #include "linear.h"
@@ -115,6 +116,48 @@ NB_MODULE(_cpu, m) {
         nb::gil_scoped_release unlocked;
         linear.unpack(first, count, at<void>(out), bf16, level, threads);
       });
+
+  // A linear layer of any kind: packed, or else address, bf16; shape; address of the bias or 0.
+  nb::class_<Matrix>(m, "Matrix")
+      .def("__init__",
+           [](Matrix* self, const PackedLinear* packed, uintptr_t weight, bool bf16, int rows, int columns, uintptr_t bias) {
+             new (self) Matrix{packed, at<const void>(weight), bf16, rows, columns, at<const float>(bias)};
+           },
+           nb::arg("packed").none(), nb::arg("weight"), nb::arg("bf16"), nb::arg("rows"), nb::arg("columns"), nb::arg("bias"))
+      .def("apply", [](const Matrix& matrix, uintptr_t inputs, uintptr_t outputs, int count, const Level& level, int threads) {
+        nb::gil_scoped_release unlocked;
+        matrix.apply(at<const float>(inputs), at<float>(outputs), count, level, threads);
+      });
+  nb::class_<DecoderLayer>(m, "DecoderLayer")
+      .def("__init__",
+           [](DecoderLayer* self, uintptr_t attention_norm, uintptr_t mlp_norm, float epsilon, const Matrix& query, const Matrix& key,
+              const Matrix& value, const Matrix& output, uintptr_t query_norm, uintptr_t key_norm, bool norm_by_head, int heads,
+              int key_heads, int width, float scaling) {
+             const Attention attention{query,     key,   value,     output, at<const float>(query_norm), at<const float>(key_norm), norm_by_head,
+                                       heads, key_heads, width,  scaling};
+             new (self) DecoderLayer(at<const float>(attention_norm), attention, at<const float>(mlp_norm), epsilon);
+           })
+      .def("set_dense", [](DecoderLayer& layer, const Matrix& gate, const Matrix& up, const Matrix& down) { layer.dense = GatedMlp{gate, up, down}; })
+      .def("set_shared", [](DecoderLayer& layer, const Matrix& gate, const Matrix& up, const Matrix& down,
+                            const Matrix& weigher) { layer.shared = SharedExpert{{gate, up, down}, weigher}; })
+      .def("set_routed",
+           [](DecoderLayer& layer, const Matrix& router, int top_k, bool normalized, const Factor* gate_up_right, const Factor& gate_up,
+              const Factor* gate_up_left, const Factor* down_right, const Factor& down, const Factor* down_left) {
+             layer.routed = RoutedExperts{router, top_k, normalized, gate_up_right, &gate_up, gate_up_left, down_right, &down, down_left};
+           },
+           nb::arg("router"), nb::arg("top_k"), nb::arg("normalized"), nb::arg("gate_up_right").none(), nb::arg("gate_up"),
+           nb::arg("gate_up_left").none(), nb::arg("down_right").none(), nb::arg("down"), nb::arg("down_left").none())
+      // Keys and values: address, strides of a text and of a head.
+      .def("step", [](const DecoderLayer& layer, uintptr_t states, int count, uintptr_t cosines, uintptr_t sines, uintptr_t keys,
+                      int64_t key_text, int64_t key_head, uintptr_t values, int64_t value_text, int64_t value_head, bool bf16,
+                      int length, const Level& level, int threads) {
+        nb::gil_scoped_release unlocked;
+        const LayerCache cache{{at<void>(keys), key_text, key_head}, {at<void>(values), value_text, value_head}, bf16, length};
+        layer.step(at<float>(states), count, at<const float>(cosines), at<const float>(sines), cache, level, threads);
+      });
+  m.def("normalize", [](uintptr_t inputs, uintptr_t weight, float epsilon, int count, int width, uintptr_t outputs) {
+    normalize(at<const float>(inputs), at<const float>(weight), epsilon, count, width, at<float>(outputs));
+  });
 
   m.def("levels", [] {
     std::vector<std::string> names;

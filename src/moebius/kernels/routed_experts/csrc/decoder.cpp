@@ -1,0 +1,260 @@
+#include "decoder.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+
+#include "buffers.h"
+#include "dense.h"
+#include "threads.h"
+
+namespace moebius {
+namespace {
+
+constexpr int kDenseRowsPerTask = 32;
+constexpr int kUnitsPerTask = 1024;  // of an activation
+
+// Places of kept() in this file.
+enum Place { kNormed = 100, kQueries, kKeys, kValues, kAttended, kOutputs, kLogits, kWeights, kShared, kGates, kBetween, kScores };
+
+const DenseLevel& dense_of(const Level& level) {
+  if (&level == avx512_level()) return *avx512_dense();
+  if (&level == avx2_level()) return *avx2_dense();
+  return *scalar_dense();
+}
+
+template <int kPlace>
+float* room(size_t count) {
+  return kept<float, kPlace>(count).data();
+}
+
+void add(const float* from, size_t count, float* to) {
+  for (size_t i = 0; i < count; ++i) to[i] += from[i];
+}
+
+uint16_t rounded_bf16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  if (value != value) return static_cast<uint16_t>(bits >> 16 | 64);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// One vector of a cache.
+void store(const CachePart& part, bool bf16, int text, int head, int token, int width, const float* values) {
+  const int64_t at = text * part.text_stride + head * part.head_stride + int64_t{token} * width;
+  if (bf16)
+    std::transform(values, values + width, static_cast<uint16_t*>(part.at) + at, rounded_bf16);
+  else
+    std::copy_n(values, width, static_cast<float*>(part.at) + at);
+}
+
+// The first half of a vector turned against the second.
+void rotate(float* values, int width, const float* cosines, const float* sines) {
+  const int half = width / 2;
+  for (int j = 0; j < half; ++j) {
+    const float a = values[j], b = values[j + half];
+    values[j] = a * cosines[j] - b * sines[j];
+    values[j + half] = b * cosines[j + half] + a * sines[j + half];
+  }
+}
+
+// Every head of a vector: its norm, if it has one of its own, and its position.
+void place(float* values, int heads, int width, const float* norm, float epsilon, const float* cosines, const float* sines) {
+  for (int head = 0; head < heads; ++head) {
+    float* const mine = values + head * width;
+    if (norm) normalize(mine, norm, epsilon, 1, width, mine);
+    rotate(mine, width, cosines, sines);
+  }
+}
+
+// The queries of one head of the keys.
+template <typename T>
+void attend(const Attention& a, const LayerCache& cache, int text, int key_head, const float* queries, float* outputs,
+            const DenseLevel& dense) {
+  const int tokens = cache.length + 1, group = a.heads / a.key_heads;
+  const T* keys = static_cast<const T*>(cache.keys.at) + text * cache.keys.text_stride + key_head * cache.keys.head_stride;
+  const T* values = static_cast<const T*>(cache.values.at) + text * cache.values.text_stride + key_head * cache.values.head_stride;
+  float* const scores = room<kScores>(static_cast<size_t>(tokens) * group);
+  for (int t = 0; t < tokens; ++t)
+    for (int g = 0; g < group; ++g) {
+      const float* query = queries + g * a.width;
+      if constexpr (sizeof(T) == 2) scores[g * tokens + t] = a.scaling * dense.dot_bf16(keys + int64_t{t} * a.width, query, a.width);
+      else scores[g * tokens + t] = a.scaling * dense.dot_floats(keys + int64_t{t} * a.width, query, a.width);
+    }
+  for (int g = 0; g < group; ++g) {
+    float* const mine = scores + g * tokens;
+    const float sum = dense.exponentials(mine, tokens, *std::max_element(mine, mine + tokens));
+    for (int t = 0; t < tokens; ++t) mine[t] /= sum;
+  }
+  std::fill_n(outputs, group * a.width, 0.0f);
+  for (int t = 0; t < tokens; ++t)
+    for (int g = 0; g < group; ++g) {
+      float* const output = outputs + g * a.width;
+      if constexpr (sizeof(T) == 2) dense.add_bf16(values + int64_t{t} * a.width, scores[g * tokens + t], a.width, output);
+      else dense.add_floats(values + int64_t{t} * a.width, scores[g * tokens + t], a.width, output);
+    }
+}
+
+void add_attention(const Attention& a, float epsilon, const float* inputs, float* states, int count, const float* cosines,
+                   const float* sines, const LayerCache& cache, const Level& level, int threads) {
+  const int all = a.heads * a.width, few = a.key_heads * a.width, hidden = a.output.rows;
+  float *queries = room<kQueries>(count * all), *keys = room<kKeys>(count * few), *values = room<kValues>(count * few);
+  a.query.apply(inputs, queries, count, level, threads);
+  a.key.apply(inputs, keys, count, level, threads);
+  a.value.apply(inputs, values, count, level, threads);
+  if (a.query_norm && !a.norm_by_head) normalize(queries, a.query_norm, epsilon, count, all, queries);
+  if (a.key_norm && !a.norm_by_head) normalize(keys, a.key_norm, epsilon, count, few, keys);
+  float* const attended = room<kAttended>(count * all);
+  const DenseLevel& dense = dense_of(level);
+  const int group = a.heads / a.key_heads;
+  for_each(count * a.key_heads, threads, [&](int task) {
+    const int text = task / a.key_heads, head = task % a.key_heads;
+    float *query = queries + text * all + head * group * a.width, *key = keys + text * few + head * a.width;
+    place(query, group, a.width, a.norm_by_head ? a.query_norm : nullptr, epsilon, cosines, sines);
+    place(key, 1, a.width, a.norm_by_head ? a.key_norm : nullptr, epsilon, cosines, sines);
+    store(cache.keys, cache.bf16, text, head, cache.length, a.width, key);
+    store(cache.values, cache.bf16, text, head, cache.length, a.width, values + text * few + head * a.width);
+    float* const output = attended + text * all + head * group * a.width;
+    if (cache.bf16) attend<uint16_t>(a, cache, text, head, query, output, dense);
+    else attend<float>(a, cache, text, head, query, output, dense);
+  });
+  float* const outputs = room<kOutputs>(count * hidden);
+  a.output.apply(attended, outputs, count, level, threads);
+  add(outputs, static_cast<size_t>(count) * hidden, states);
+}
+
+// (count, 2 · units), or gates and ups apart, to (count, units).
+void activate(const float* gates, const float* ups, int stride, int count, int units, float* out, const Level& level, int threads) {
+  const DenseLevel& dense = dense_of(level);
+  const int parts = (units + kUnitsPerTask - 1) / kUnitsPerTask;
+  for_each(count * parts, threads, [&](int task) {
+    const int row = task / parts, first = task % parts * kUnitsPerTask;
+    const int64_t from = int64_t{row} * stride + first;
+    dense.silu(gates + from, ups + from, std::min(kUnitsPerTask, units - first), out + int64_t{row} * units + first);
+  });
+}
+
+// (count, hidden) to the same, in a buffer that the next call writes to.
+const float* apply_mlp(const GatedMlp& mlp, const float* inputs, int count, const Level& level, int threads) {
+  const int units = mlp.gate.rows;
+  float* const both = room<kGates>(2 * static_cast<size_t>(count) * units);
+  float *const ups = both + static_cast<size_t>(count) * units, *const between = room<kBetween>(static_cast<size_t>(count) * units);
+  mlp.gate.apply(inputs, both, count, level, threads);
+  mlp.up.apply(inputs, ups, count, level, threads);
+  activate(both, ups, units, count, units, between, level, threads);
+  float* const outputs = room<kOutputs>(static_cast<size_t>(count) * mlp.down.rows);
+  mlp.down.apply(between, outputs, count, level, threads);
+  return outputs;
+}
+
+// The likeliest experts of each token, (count, top_k), and their weights.
+void route(const RoutedExperts& r, const float* inputs, int count, int64_t* chosen, float* weights, const Level& level, int threads) {
+  const int experts = r.router.rows;
+  float* const logits = room<kLogits>(static_cast<size_t>(count) * experts);
+  r.router.apply(inputs, logits, count, level, threads);
+  auto& order = kept<int, kLogits>(experts);
+  for (int i = 0; i < count; ++i) {
+    float* const mine = logits + i * experts;
+    std::iota(order.begin(), order.begin() + experts, 0);
+    std::partial_sort(order.begin(), order.begin() + r.top_k, order.begin() + experts,
+                      [&](int a, int b) { return mine[a] != mine[b] ? mine[a] > mine[b] : a < b; });
+    const float sum = dense_of(level).exponentials(mine, experts, mine[order[0]]);
+    float total = 0;
+    for (int k = 0; k < r.top_k; ++k) total += mine[order[k]];
+    for (int k = 0; k < r.top_k; ++k) {
+      chosen[i * r.top_k + k] = order[k];
+      weights[i * r.top_k + k] = mine[order[k]] / (r.normalized ? total : sum);
+    }
+  }
+}
+
+// A shared factor times `count` vectors; the vectors themselves if there is none.
+template <int kPlace>
+const float* through(const Factor* factor, const float* inputs, int count, const Level& level, int threads) {
+  if (!factor) return inputs;
+  float* const outputs = room<kPlace>(static_cast<size_t>(count) * factor->rows);
+  factor->apply(inputs, outputs, {nullptr, count, 1, nullptr, nullptr}, level, threads);
+  return outputs;
+}
+
+void add_routed(const RoutedExperts& r, const float* inputs, float* states, int count, int hidden, const Level& level, int threads) {
+  const int slots = count * r.top_k, units = r.down_right ? r.down_right->columns : r.down->columns;
+  int64_t* const chosen = kept<int64_t, kLogits>(slots).data();
+  float* const weights = room<kWeights>(slots);
+  route(r, inputs, count, chosen, weights, level, threads);
+
+  const float* shared = through<kShared>(r.gate_up_right, inputs, count, level, threads);
+  float* const first = room<kGates>(static_cast<size_t>(slots) * r.gate_up->rows);
+  r.gate_up->apply(shared, first, {chosen, slots, r.top_k, nullptr, nullptr}, level, threads);
+  const float* both = through<kShared>(r.gate_up_left, first, slots, level, threads);
+  float* const between = room<kBetween>(static_cast<size_t>(slots) * units);
+  activate(both, both + units, 2 * units, slots, units, between, level, threads);
+  const float* right = through<kShared>(r.down_right, between, slots, level, threads);
+  float* const second = room<kGates>(static_cast<size_t>(slots) * r.down->rows);
+  r.down->apply(right, second, {chosen, slots, 1, nullptr, nullptr}, level, threads);
+
+  float* const summed = room<kOutputs>(static_cast<size_t>(count) * r.down->rows);
+  std::fill_n(summed, static_cast<size_t>(count) * r.down->rows, 0.0f);
+  for (int slot = 0; slot < slots; ++slot)
+    dense_of(level).add_floats(second + static_cast<size_t>(slot) * r.down->rows, weights[slot], r.down->rows,
+                               summed + static_cast<size_t>(slot / r.top_k) * r.down->rows);
+  add(through<kShared>(r.down_left, summed, count, level, threads), static_cast<size_t>(count) * hidden, states);
+}
+
+void add_shared(const SharedExpert& expert, const float* inputs, float* states, int count, int hidden, const Level& level, int threads) {
+  float* const gates = room<kWeights>(count);
+  expert.gate.apply(inputs, gates, count, level, threads);
+  const float* outputs = apply_mlp(expert.mlp, inputs, count, level, threads);
+  for (int i = 0; i < count; ++i)
+    dense_of(level).add_floats(outputs + i * hidden, 1 / (1 + std::exp(-gates[i])), hidden, states + i * hidden);
+}
+
+}  // namespace
+
+void Matrix::apply(const float* inputs, float* outputs, int count, const Level& level, int threads) const {
+  if (packed) {
+    packed->apply(inputs, outputs, count, false, level, threads);
+  } else {
+    const DenseLevel& dense = dense_of(level);
+    for_each((rows + kDenseRowsPerTask - 1) / kDenseRowsPerTask, threads, [&](int task) {
+      const int first = task * kDenseRowsPerTask, end = std::min(rows, first + kDenseRowsPerTask);
+      for (int row = first; row < end; ++row)
+        for (int i = 0; i < count; ++i) {
+          const float* input = inputs + static_cast<size_t>(i) * columns;
+          const size_t at = static_cast<size_t>(row) * columns;
+          outputs[static_cast<size_t>(i) * rows + row] = bf16 ? dense.dot_bf16(static_cast<const uint16_t*>(weight) + at, input, columns)
+                                                              : dense.dot_floats(static_cast<const float*>(weight) + at, input, columns);
+        }
+    });
+  }
+  if (bias)
+    for (int i = 0; i < count; ++i) add(bias, rows, outputs + static_cast<size_t>(i) * rows);
+}
+
+void normalize(const float* inputs, const float* weight, float epsilon, int count, int width, float* outputs) {
+  for (int i = 0; i < count; ++i, inputs += width, outputs += width) {
+    double squares[8] = {};
+    for (int j = 0; j < width; ++j) squares[j % 8] += inputs[j] * inputs[j];
+    const double sum = std::accumulate(squares, squares + 8, 0.0);
+    const float factor = 1 / std::sqrt(static_cast<float>(sum / width) + epsilon);
+    for (int j = 0; j < width; ++j) outputs[j] = weight[j] * (inputs[j] * factor);
+  }
+}
+
+DecoderLayer::DecoderLayer(const float* attention_norm, const Attention& attention, const float* mlp_norm, float epsilon)
+    : attention_norm_(attention_norm), mlp_norm_(mlp_norm), attention_(attention), epsilon_(epsilon) {}
+
+void DecoderLayer::step(float* states, int count, const float* cosines, const float* sines, const LayerCache& cache,
+                        const Level& level, int threads) const {
+  const int hidden = attention_.query.columns;
+  float* const normed = room<kNormed>(static_cast<size_t>(count) * hidden);
+  normalize(states, attention_norm_, epsilon_, count, hidden, normed);
+  add_attention(attention_, epsilon_, normed, states, count, cosines, sines, cache, level, threads);
+  normalize(states, mlp_norm_, epsilon_, count, hidden, normed);
+  if (shared) add_shared(*shared, normed, states, count, hidden, level, threads);
+  if (routed) add_routed(*routed, normed, states, count, hidden, level, threads);
+  if (dense) add(apply_mlp(*dense, normed, count, level, threads), static_cast<size_t>(count) * hidden, states);
+}
+
+}  // namespace moebius

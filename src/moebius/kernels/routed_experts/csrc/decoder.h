@@ -1,0 +1,84 @@
+// A decoder layer for one new token of each text, from its normalization to the sum of the experts, without leaving C++.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+
+#include "factors.h"
+#include "level.h"
+#include "linear.h"
+
+namespace moebius {
+
+// A linear layer, y = W x + b: packed, or dense in float32 or bf16. All pointers stay the caller's.
+struct Matrix {
+  const PackedLinear* packed;  // or null, and then
+  const void* weight;          // (rows, columns)
+  bool bf16;
+  int rows, columns;
+  const float* bias;  // (rows,) or null
+
+  // inputs: (count, columns), outputs: (count, rows); every output is written.
+  void apply(const float* inputs, float* outputs, int count, const Level& level, int threads) const;
+};
+
+// x / √(mean x² + epsilon) · weight, for `count` vectors.
+void normalize(const float* inputs, const float* weight, float epsilon, int count, int width, float* outputs);
+
+struct Attention {
+  Matrix query, key, value, output;
+  const float *query_norm, *key_norm;  // or null; as wide as all heads, or as one
+  bool norm_by_head;
+  int heads, key_heads, width;
+  float scaling;
+};
+
+struct GatedMlp {
+  Matrix gate, up, down;
+};
+
+// Shared factors may be null.
+struct RoutedExperts {
+  Matrix router;
+  int top_k;
+  bool normalized;  // weights of the chosen experts add up to one
+  const Factor *gate_up_right, *gate_up, *gate_up_left, *down_right, *down, *down_left;
+};
+
+struct SharedExpert {
+  GatedMlp mlp;
+  Matrix gate;  // one row: its sigmoid weighs the expert
+};
+
+// Keys or values of a layer: (texts, key heads, tokens, width), tokens one behind the other.
+struct CachePart {
+  void* at;
+  int64_t text_stride, head_stride;
+};
+
+struct LayerCache {
+  CachePart keys, values;
+  bool bf16;
+  int length;  // tokens before this one; the new one goes behind them
+};
+
+class DecoderLayer {
+ public:
+  DecoderLayer(const float* attention_norm, const Attention& attention, const float* mlp_norm, float epsilon);
+
+  // One of the two is set.
+  std::optional<GatedMlp> dense;
+  std::optional<RoutedExperts> routed;
+  std::optional<SharedExpert> shared;
+
+  // states: (count, hidden), changed in place. cosines and sines of the position: (width,).
+  void step(float* states, int count, const float* cosines, const float* sines, const LayerCache& cache, const Level& level,
+            int threads) const;
+
+ private:
+  const float *attention_norm_, *mlp_norm_;
+  const Attention attention_;
+  const float epsilon_;
+};
+
+}  // namespace moebius
