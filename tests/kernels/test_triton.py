@@ -327,7 +327,7 @@ def test_inputs_of_other_layouts_and_types(case: Case) -> None:
     ("name", "gated"), [("silu", True), ("gelu", True), ("gelu_tanh", True), ("relu_squared", False), ("silu", False)]
 )
 def test_activations_and_biases(generator: Generator, name: str, gated: bool) -> None:
-    function = backend.ACTIVATIONS[name]
+    function = ACTIVATIONS[name]
 
     def activation(states: Tensor) -> Tensor:
         gate, up = states.chunk(2, dim=-1)

@@ -156,7 +156,7 @@ def _experts(module: Any) -> CpuExperts:
         raise _Unlike(f"{type(module).__name__} does not run on the cpu kernels")
     if ready.gate_up.bias is not None or ready.down.bias is not None:
         raise _Unlike(f"{type(module).__name__} has biases")
-    if not all(hasattr(kernel, "factor") for kernel in ready.experts.shared.values()):
+    if ready.experts.compiled is None:
         raise _Unlike(f"{type(module).__name__} has shared factors without a kernel")
     return ready.experts
 

@@ -94,7 +94,7 @@ class SharedExpert:
 class RoutedExperts:
     """The likeliest ``top_k`` experts by a softmax of the router; ``normalized``: their weights add up to one.
 
-    The activation is SiLU of the first half of ``gate_up`` times the second.
+    The activation is SiLU of the first half of ``gate_up`` times the second. ``experts`` have to be ``compiled``.
     """
 
     router: Matrix
@@ -134,19 +134,7 @@ class DecoderLayer:
             self._set_routed(mlp)
 
     def _set_routed(self, mlp: RoutedExperts) -> None:
-        experts = mlp.experts
-        shared = {name: kernel.factor for name, kernel in experts.shared.items()}
-        self._layer.set_routed(
-            mlp.router.compiled,
-            mlp.top_k,
-            mlp.normalized,
-            shared.get("gate_up.right"),
-            experts.gate_up.factor,
-            shared.get("gate_up.left"),
-            shared.get("down.right"),
-            experts.down.factor,
-            shared.get("down.left"),
-        )
+        self._layer.set_routed(mlp.router.compiled, mlp.top_k, mlp.normalized, mlp.experts.compiled)
         if mlp.shared is not None:
             parts = mlp.shared.mlp.gate, mlp.shared.mlp.up, mlp.shared.mlp.down, mlp.shared.gate
             self._layer.set_shared(*(matrix.compiled for matrix in parts))

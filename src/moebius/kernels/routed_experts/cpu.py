@@ -26,6 +26,7 @@ from moebius.formats.logarithmic import decode
 from moebius.formats.planes import MOST_PLANES, Planes
 from moebius.formats.signs import Signs
 from moebius.kernels.routed_experts import reference
+from moebius.kernels.routed_experts.activations import recognize
 
 try:
     from moebius.kernels.routed_experts import _cpu  # type: ignore[attr-defined]
@@ -107,10 +108,14 @@ def prepare(gate_up: PackedProjection, down: PackedProjection) -> CpuExperts:
 
 
 class CpuExperts:
-    """:func:`moebius.kernels.routed_experts.reference.routed_experts` of one layer that :func:`refusal` lets through."""
+    """:func:`moebius.kernels.routed_experts.reference.routed_experts` of one layer that :func:`refusal` lets through.
+
+    Attributes:
+        compiled: the extension's own object of the whole layer with a gate in SiLU; None if a shared factor has no kernel.
+    """
 
     def __init__(self, gate_up: PackedProjection, down: PackedProjection) -> None:
-        self.experts = gate_up.factor.batch
+        self.experts, self.channels = gate_up.factor.batch, gate_up.shape[1]
         self.gate_up, self.down = kernel_of(gate_up.factor), kernel_of(down.factor)
         self.shared = {
             name: kernel_of(packed)
@@ -122,6 +127,13 @@ class CpuExperts:
             )
             if packed is not None
         }
+        self.compiled: Any = None
+        if not any(isinstance(kernel, _Unpacked) for kernel in self.shared.values()):
+            shared = {name: kernel.factor for name, kernel in self.shared.items()}
+            self.compiled = _cpu.Experts(
+                shared.get("gate_up.right"), self.gate_up.factor, shared.get("gate_up.left"),
+                shared.get("down.right"), self.down.factor, shared.get("down.left"),
+            )  # fmt: skip
 
     def __call__(
         self,
@@ -134,6 +146,8 @@ class CpuExperts:
     ) -> Tensor:
         """As the reference: (tokens, hidden), (tokens, top_k), (tokens, top_k) to (tokens, hidden)."""
         tokens, top_k = top_k_index.shape
+        if gate_up_bias is None and down_bias is None and self._in_one_call(tokens * top_k, activation):
+            return self._whole(hidden, top_k_index, top_k_weights)
         dtype = product_dtype(hidden.dtype)
         slots, weights = top_k_index.reshape(-1).long().contiguous(), top_k_weights.float()
         inputs = self._shared("gate_up.right", hidden.float(), dtype)
@@ -153,6 +167,17 @@ class CpuExperts:
         if down_bias is not None:
             result = result + reference.routed_bias(top_k_index, top_k_weights, down_bias)
         return result.to(hidden.dtype)
+
+    def _in_one_call(self, slots: int, activation: Callable[[Tensor], Tensor]) -> bool:
+        few = slots <= (_SLOTS_AT_ONCE if _level.tiles else min(_FEW_TOKENS, _FEW_STATES))
+        return few and self.compiled is not None and recognize(activation, self.channels) == ("silu", True)
+
+    def _whole(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        inputs, chosen, weights = hidden.float().contiguous(), top_k_index.long().contiguous(), top_k_weights.float().contiguous()
+        outputs = torch.empty_like(inputs)
+        addresses = inputs.data_ptr(), chosen.data_ptr(), weights.data_ptr(), *chosen.shape, outputs.data_ptr()
+        self.compiled.apply(*addresses, _level, torch.get_num_threads())
+        return outputs.to(hidden.dtype)
 
     def _few(
         self,

@@ -18,8 +18,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional
-from torch.utils.weak import WeakIdKeyDictionary
 
 from moebius.errors import ShapeError
 from moebius.formats import Packed, PackedProjection
@@ -30,14 +28,8 @@ from moebius.formats.logarithmic import decode
 from moebius.formats.planes import AMPLITUDES, MOST_PLANES, Planes
 from moebius.formats.signs import Signs
 from moebius.kernels.routed_experts import triton_kernels as kernels
+from moebius.kernels.routed_experts.activations import ACTIVATIONS, recognize
 
-#: What the kernels can do to a channel.
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
-    "relu_squared": lambda x: functional.relu(x).square(),
-}
 #: Slots up to which a program finds those of its expert by itself. Beyond, they are sorted first.
 _SCANNED = 256
 #: Programs that keep a large GPU busy. A number for each device would sum in another order on each.
@@ -86,7 +78,8 @@ def routed_experts(
         raise ShapeError(f"routed_experts in Triton: {reason}; use the reference instead")
     if not top_k_index.numel():
         return torch.zeros_like(hidden)
-    act = _recognized(activation, gate_up.shape[1])
+    act = recognize(activation, gate_up.shape[1])
+    assert act is not None
     route = _route(top_k_index, gate_up.factor.batch, hidden.dtype)
 
     coordinates = _through(gate_up.right, hidden.contiguous(), route)
@@ -107,7 +100,7 @@ def refusal(gate_up: PackedProjection, down: PackedProjection, activation: Calla
     """What keeps :func:`routed_experts` from running a layer, in words; None if nothing does.
 
     It runs experts of sign planes: ``gate_up`` of input directions, ``down`` of output directions, or either of plain signs;
-    shared factors of integers whose rows have one scale each; and the activations in :data:`ACTIVATIONS`, applied to the first
+    shared factors of integers whose rows have one scale each; and the :data:`~moebius.kernels.routed_experts.activations.ACTIVATIONS`, applied to the first
     half of the channels and multiplied with the second, or to all channels.
     """
     for name, projection, side in (("gate_up", gate_up, "input"), ("down", down, "output")):
@@ -127,7 +120,7 @@ def refusal(gate_up: PackedProjection, down: PackedProjection, activation: Calla
             return f"{name} is on {device}, wanted a CUDA device"
     if isinstance(gate_up.factor, Planes) and gate_up.left is not None:
         return "gate_up has planes behind a left factor"
-    if _recognize(activation, gate_up.shape[1]) is None:
+    if recognize(activation, gate_up.shape[1]) is None:
         return f"the activation is none of {', '.join(ACTIVATIONS)}, with its gate in the first half of the channels or without"
     return None
 
@@ -527,46 +520,3 @@ def _wide(signs: Tensor) -> tuple[Tensor, bool]:
 
 def _triton_type(dtype: torch.dtype) -> Any:
     return tl.float32 if dtype == torch.float32 else tl.bfloat16
-
-
-# What an activation is, found out by trying
-
-_ACTIVATIONS_SEEN = WeakIdKeyDictionary()
-
-
-def _recognized(activation: Callable[[Tensor], Tensor], channels: int) -> tuple[str, bool]:
-    found = _recognize(activation, channels)
-    assert found is not None
-    return found
-
-
-def _recognize(activation: Callable[[Tensor], Tensor], channels: int) -> tuple[str, bool] | None:
-    """Which of :data:`ACTIVATIONS` a function is, and whether it gates: models write the same one in many ways."""
-    bound = getattr(activation, "__self__", None)
-    owner = activation if bound is None else bound  # bound methods do not live long
-    seen = _ACTIVATIONS_SEEN.setdefault(owner, {})
-    key = (getattr(activation, "__name__", ""), channels)
-    if key not in seen:
-        seen[key] = _try(activation, channels)
-    return seen[key]
-
-
-@torch.no_grad()
-def _try(activation: Callable[[Tensor], Tensor], channels: int) -> tuple[str, bool] | None:
-    generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, (64, channels), generator=generator) * 2.0 - 1
-    # Small and large numbers: some activations clamp.
-    probe = signs * 10 ** (torch.rand(64, channels, generator=generator) * 5 - 2)
-    try:
-        got = activation(probe.clone())
-    except Exception:  # whatever it wants, it is none of ours
-        return None
-    if not torch.is_tensor(got):
-        return None
-    for name, function in ACTIVATIONS.items():
-        gate, up = probe.tensor_split(2, dim=1)
-        for gated in (False, True) if channels % 2 == 0 else (False,):
-            wanted = function(gate) * up if gated else function(probe)
-            if got.shape == wanted.shape and torch.allclose(got, wanted, rtol=1e-4, atol=1e-4):
-                return name, gated
-    return None

@@ -376,7 +376,7 @@ def _state(
 
 @triton.jit
 def _activated(x, ACTIVATION: tl.constexpr):
-    """The activations that :data:`moebius.kernels.routed_experts.triton.ACTIVATIONS` names."""
+    """The activations that :data:`moebius.kernels.routed_experts.activations.ACTIVATIONS` names."""
     if ACTIVATION == "silu":
         x = x / (1.0 + tl.exp(-x))
     elif ACTIVATION == "gelu":

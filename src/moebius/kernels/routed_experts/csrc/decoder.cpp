@@ -16,7 +16,7 @@ constexpr int kDenseRowsPerTask = 32;
 constexpr int kUnitsPerTask = 1024;  // of an activation
 
 // Places of kept() in this file.
-enum Place { kNormed = 100, kQueries, kKeys, kValues, kAttended, kOutputs, kLogits, kWeights, kShared, kGates, kBetween, kScores };
+enum Place { kNormed = 100, kQueries, kKeys, kValues, kAttended, kOutputs, kLogits, kWeights, kShared, kGates, kBetween, kSummed, kScores };
 
 const DenseLevel& dense_of(const Level& level) {
   if (&level == avx512_level()) return *avx512_dense();
@@ -179,27 +179,12 @@ const float* through(const Factor* factor, const float* inputs, int count, const
 }
 
 void add_routed(const RoutedExperts& r, const float* inputs, float* states, int count, int hidden, const Level& level, int threads) {
-  const int slots = count * r.top_k, units = r.down_right ? r.down_right->columns : r.down->columns;
-  int64_t* const chosen = kept<int64_t, kLogits>(slots).data();
-  float* const weights = room<kWeights>(slots);
+  int64_t* const chosen = kept<int64_t, kLogits>(static_cast<size_t>(count) * r.top_k).data();
+  float* const weights = room<kWeights>(static_cast<size_t>(count) * r.top_k);
   route(r, inputs, count, chosen, weights, level, threads);
-
-  const float* shared = through<kShared>(r.gate_up_right, inputs, count, level, threads);
-  float* const first = room<kGates>(static_cast<size_t>(slots) * r.gate_up->rows);
-  r.gate_up->apply(shared, first, {chosen, slots, r.top_k, nullptr, nullptr}, level, threads);
-  const float* both = through<kShared>(r.gate_up_left, first, slots, level, threads);
-  float* const between = room<kBetween>(static_cast<size_t>(slots) * units);
-  activate(both, both + units, 2 * units, slots, units, between, level, threads);
-  const float* right = through<kShared>(r.down_right, between, slots, level, threads);
-  float* const second = room<kGates>(static_cast<size_t>(slots) * r.down->rows);
-  r.down->apply(right, second, {chosen, slots, 1, nullptr, nullptr}, level, threads);
-
-  float* const summed = room<kOutputs>(static_cast<size_t>(count) * r.down->rows);
-  std::fill_n(summed, static_cast<size_t>(count) * r.down->rows, 0.0f);
-  for (int slot = 0; slot < slots; ++slot)
-    dense_of(level).add_floats(second + static_cast<size_t>(slot) * r.down->rows, weights[slot], r.down->rows,
-                               summed + static_cast<size_t>(slot / r.top_k) * r.down->rows);
-  add(through<kShared>(r.down_left, summed, count, level, threads), static_cast<size_t>(count) * hidden, states);
+  float* const outputs = room<kOutputs>(static_cast<size_t>(count) * hidden);
+  r.experts.apply(inputs, chosen, weights, count, r.top_k, outputs, level, threads);
+  add(outputs, static_cast<size_t>(count) * hidden, states);
 }
 
 void add_shared(const SharedExpert& expert, const float* inputs, float* states, int count, int hidden, const Level& level, int threads) {
@@ -240,6 +225,27 @@ void normalize(const float* inputs, const float* weight, float epsilon, int coun
     const float factor = 1 / std::sqrt(static_cast<float>(sum / width) + epsilon);
     for (int j = 0; j < width; ++j) outputs[j] = weight[j] * (inputs[j] * factor);
   }
+}
+
+void Experts::apply(const float* inputs, const int64_t* chosen, const float* weights, int count, int top_k, float* outputs,
+                    const Level& level, int threads) const {
+  const int slots = count * top_k, units = down_right ? down_right->columns : down->columns;
+  const float* shared = through<kShared>(gate_up_right, inputs, count, level, threads);
+  float* const first = room<kGates>(static_cast<size_t>(slots) * gate_up->rows);
+  gate_up->apply(shared, first, {chosen, slots, top_k, nullptr, nullptr}, level, threads);
+  const float* both = through<kShared>(gate_up_left, first, slots, level, threads);
+  float* const between = room<kBetween>(static_cast<size_t>(slots) * units);
+  activate(both, both + units, 2 * units, slots, units, between, level, threads);
+  const float* right = through<kShared>(down_right, between, slots, level, threads);
+  float* const second = room<kGates>(static_cast<size_t>(slots) * down->rows);
+  down->apply(right, second, {chosen, slots, 1, nullptr, nullptr}, level, threads);
+
+  float* const summed = down_left ? room<kSummed>(static_cast<size_t>(count) * down->rows) : outputs;
+  std::fill_n(summed, static_cast<size_t>(count) * down->rows, 0.0f);
+  for (int slot = 0; slot < slots; ++slot)
+    dense_of(level).add_floats(second + static_cast<size_t>(slot) * down->rows, weights[slot], down->rows,
+                               summed + static_cast<size_t>(slot / top_k) * down->rows);
+  if (down_left) down_left->apply(summed, outputs, {nullptr, count, 1, nullptr, nullptr}, level, threads);
 }
 
 DecoderLayer::DecoderLayer(const float* attention_norm, const Attention& attention, const float* mlp_norm, float epsilon)

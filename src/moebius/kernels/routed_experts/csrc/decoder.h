@@ -37,12 +37,22 @@ struct GatedMlp {
   Matrix gate, up, down;
 };
 
-// Shared factors may be null.
+// The factors of a layer's experts; shared ones may be null. The activation is SiLU of the first half of gate_up times the second.
+struct Experts {
+  const Factor *gate_up_right, *gate_up, *gate_up_left, *down_right, *down, *down_left;
+
+  int hidden() const { return down_left ? down_left->rows : down->rows; }
+
+  // inputs: (count, hidden), chosen and weights: (count, top_k), outputs: (count, hidden). What is no expert adds nothing.
+  void apply(const float* inputs, const int64_t* chosen, const float* weights, int count, int top_k, float* outputs,
+             const Level& level, int threads) const;
+};
+
 struct RoutedExperts {
   Matrix router;
   int top_k;
   bool normalized;  // weights of the chosen experts add up to one
-  const Factor *gate_up_right, *gate_up, *gate_up_left, *down_right, *down, *down_left;
+  Experts experts;
 };
 
 struct SharedExpert {

@@ -128,6 +128,20 @@ NB_MODULE(_cpu, m) {
         nb::gil_scoped_release unlocked;
         matrix.apply(at<const float>(inputs), at<float>(outputs), count, level, threads);
       });
+  nb::class_<Experts>(m, "Experts")
+      .def("__init__",
+           [](Experts* self, const Factor* gate_up_right, const Factor& gate_up, const Factor* gate_up_left, const Factor* down_right,
+              const Factor& down, const Factor* down_left) {
+             new (self) Experts{gate_up_right, &gate_up, gate_up_left, down_right, &down, down_left};
+           },
+           nb::arg("gate_up_right").none(), nb::arg("gate_up"), nb::arg("gate_up_left").none(), nb::arg("down_right").none(),
+           nb::arg("down"), nb::arg("down_left").none())
+      .def("apply", [](const Experts& experts, uintptr_t inputs, uintptr_t chosen, uintptr_t weights, int count, int top_k,
+                       uintptr_t outputs, const Level& level, int threads) {
+        nb::gil_scoped_release unlocked;
+        experts.apply(at<const float>(inputs), at<const int64_t>(chosen), at<const float>(weights), count, top_k, at<float>(outputs),
+                      level, threads);
+      });
   nb::class_<DecoderLayer>(m, "DecoderLayer")
       .def("__init__",
            [](DecoderLayer* self, uintptr_t attention_norm, uintptr_t mlp_norm, float epsilon, const Matrix& query, const Matrix& key,
@@ -140,13 +154,8 @@ NB_MODULE(_cpu, m) {
       .def("set_dense", [](DecoderLayer& layer, const Matrix& gate, const Matrix& up, const Matrix& down) { layer.dense = GatedMlp{gate, up, down}; })
       .def("set_shared", [](DecoderLayer& layer, const Matrix& gate, const Matrix& up, const Matrix& down,
                             const Matrix& weigher) { layer.shared = SharedExpert{{gate, up, down}, weigher}; })
-      .def("set_routed",
-           [](DecoderLayer& layer, const Matrix& router, int top_k, bool normalized, const Factor* gate_up_right, const Factor& gate_up,
-              const Factor* gate_up_left, const Factor* down_right, const Factor& down, const Factor* down_left) {
-             layer.routed = RoutedExperts{router, top_k, normalized, gate_up_right, &gate_up, gate_up_left, down_right, &down, down_left};
-           },
-           nb::arg("router"), nb::arg("top_k"), nb::arg("normalized"), nb::arg("gate_up_right").none(), nb::arg("gate_up"),
-           nb::arg("gate_up_left").none(), nb::arg("down_right").none(), nb::arg("down"), nb::arg("down_left").none())
+      .def("set_routed", [](DecoderLayer& layer, const Matrix& router, int top_k, bool normalized,
+                            const Experts& experts) { layer.routed = RoutedExperts{router, top_k, normalized, experts}; })
       // Keys and values: address, strides of a text and of a head.
       .def("step", [](const DecoderLayer& layer, uintptr_t states, int count, uintptr_t cosines, uintptr_t sines, uintptr_t keys,
                       int64_t key_text, int64_t key_head, uintptr_t values, int64_t value_text, int64_t value_head, bool bf16,
