@@ -122,7 +122,8 @@ def graded(generator: Generator, side: str, directions: int, entries: int) -> Gr
 
 def integers(generator: Generator, rows: int, columns: int) -> Integers:
     codes = torch.randint(0, 256, (1, rows, columns), generator=generator)
-    scales = torch.rand(1, rows, 1, generator=generator) * 0.01
+    scales = torch.randn(1, rows, 1, generator=generator) * 0.01
+    scales[:, 3::11] = 0
     return Integers.pack(codes, scales, None, bits=8, group_size=columns)
 
 
