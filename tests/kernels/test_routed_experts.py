@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import pytest
 import torch
-from tests.packed import projection
+from tests.packed import projection, signs
 from torch import Tensor
 
-from moebius.formats import PackedProjection
+from moebius.formats import Packed, PackedProjection
+from moebius.formats.codebook import Codebook
+from moebius.formats.integers import Integers
 from moebius.formats.signs import Signs
+from moebius.formats.spectral import Spectral
 from moebius.kernels.routed_experts import reference
 from moebius.kernels.routed_experts.reference import routed_experts
 
@@ -79,16 +84,84 @@ def test_keeps_the_dtype_of_the_tokens() -> None:
     assert (half - exact).norm() < 0.02 * exact.norm()
 
 
+def test_gradients_reach_the_tokens() -> None:
+    gate_up, down, hidden, index, weights, *_ = case(("right", "left"), 9, 2, False)
+    probe, direction = torch.randn(9, HIDDEN), torch.randn(9, HIDDEN)
+    hidden.requires_grad_()
+    routed_experts(hidden, index, weights, gate_up, down, gated).backward(probe)
+    assert hidden.grad is not None
+    with torch.no_grad():
+        step = 1e-3 * direction
+        ahead, behind = (routed_experts(h, index, weights, gate_up, down, gated) for h in (hidden + step, hidden - step))
+    wanted = float(((ahead - behind) * probe).sum()) / 2e-3
+    assert float((hidden.grad * direction).sum()) == pytest.approx(wanted, rel=1e-2)
+
+
+FORMATS = {
+    "integers": lambda g: many_integers(g, 3, zeros=False),
+    "integers, zero points": lambda g: many_integers(g, 4, zeros=True),
+    "codebook": lambda g: codebook(g),
+    "codebook, shared": lambda g: codebook(g).with_shared(torch.randn(MANY, SIDE, 4), torch.randn(4, SIDE)),
+    "spectral": lambda g: spectral(g, False),
+    "spectral, transposed": lambda g: spectral(g, True),
+    "signs": lambda g: signs(g, MANY, SIDE, SIDE),
+}
+MANY, SIDE = 12, 256  # a batch of 12 matrices, 3 MiB in float32
+
+
+def many_integers(generator: torch.Generator, bits: int, zeros: bool) -> Integers:
+    codes = torch.randint(0, 2**bits, (MANY, SIDE, SIDE), generator=generator)
+    points = torch.randint(0, 2**bits, (MANY, SIDE, 4), generator=generator) if zeros else None
+    return Integers.pack(codes, torch.rand(MANY, SIDE, 4, generator=generator), points, bits=bits, group_size=80)
+
+
+def codebook(generator: torch.Generator) -> Codebook:
+    codes = torch.randint(0, 256, (MANY, SIDE, SIDE // 4), generator=generator)
+    return Codebook.pack(codes, torch.randn(MANY, 256, 4, generator=generator), SIDE)
+
+
+def spectral(generator: torch.Generator, transposed: bool) -> Spectral:
+    widths = torch.randint(0, 9, (MANY, SIDE), generator=generator)
+    codes = (torch.rand(MANY, SIDE, SIDE, generator=generator) * 2 ** widths.unsqueeze(2)).floor().long()
+    blank = Spectral(MANY, SIDE, SIDE, transposed, 80)
+    size = sum(blank.record_bytes(width) for width in widths.flatten().tolist())
+    return blank.replace(payload_bytes=size).fill(widths, codes, torch.rand(MANY, SIDE, 4, generator=generator))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_memory_is_that_of_a_few_experts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many are chosen: one at a time here, into one place, with what unpacking it takes in between."""
+    generator = torch.Generator().manual_seed(0)
+    packed = FORMATS[kind](generator)
+    projection, places = PackedProjection(packed), list[Tensor]()
+    monkeypatch.setattr(reference, "_UNPACKED_WEIGHTS", SIDE * SIDE)
+    unpack_to = type(packed).unpack_to
+
+    def watched(self: Packed, out: Tensor, index: Tensor | None = None) -> None:
+        assert index is not None and out.is_contiguous()
+        places.append(out)  # kept, so that no other memory can have this address
+        unpack_to(self, out, index)
+
+    monkeypatch.setattr(type(packed), "unpack_to", watched)
+    hidden, index = torch.randn(MANY, SIDE, generator=generator), torch.arange(MANY).unsqueeze(1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        routed_experts(hidden, index, torch.ones(MANY, 1), projection, projection, torch.tanh)
+    assert len(places) == 2 * MANY and {(len(out), out.data_ptr()) for out in places} == {(1, places[0].data_ptr())}
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = list(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+    assert SIDE * SIDE * 4 < max(held) < 3 * SIDE * SIDE * 4
+
+
 def test_unpacks_only_what_tokens_chose(monkeypatch: pytest.MonkeyPatch) -> None:
     gate_up, down, hidden, _, weights, *_ = case(("plain", "plain"), 5, 2, False)
     seen: list[int] = []
-    unpack = Signs.unpack
+    unpack_to = Signs.unpack_to
 
-    def watched(self: Signs, index: Tensor | None = None) -> Tensor:
+    def watched(self: Signs, out: Tensor, index: Tensor | None = None) -> None:
         assert index is not None, "the whole layer was unpacked"
         seen.extend(index.tolist())
-        return unpack(self, index)
+        unpack_to(self, out, index)
 
-    monkeypatch.setattr(Signs, "unpack", watched)
+    monkeypatch.setattr(Signs, "unpack_to", watched)
     routed_experts(hidden, torch.tensor([[4, 1]] * 5), weights, gate_up, down, gated)
     assert sorted(seen) == [1, 1, 4, 4]

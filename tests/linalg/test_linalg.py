@@ -111,6 +111,21 @@ def test_many_directions_are_found_as_well() -> None:
     moment = torch.diag(torch.linspace(1, 0.5, 600))
     assert used_directions(moment.unsqueeze(0), 1e-2).shape == (1, 600, 600)
     assert used_directions(moment.unsqueeze(0), 0.8)[0].norm(dim=1).round().sum() == 240
+    # A space that holds nothing but what is wanted cannot know that this is all.
+    moment = torch.diag(torch.cat([torch.ones(200), torch.full((400,), 0.5)]))
+    assert used_directions(moment.unsqueeze(0), 1e-2).shape == (1, 600, 600)
+
+
+def test_what_was_never_seen_has_no_directions_at_any_size() -> None:
+    assert used_directions(torch.zeros(1, 600, 600), 1e-2).shape == (1, 600, 0)
+
+
+def test_directions_are_orthonormal_and_the_same_every_time() -> None:
+    vectors = torch.linalg.qr(torch.randn(600, 600, generator=torch.Generator().manual_seed(4)).double()).Q
+    moment = ((vectors * 0.9 ** torch.arange(600).double()) @ vectors.mT).float().unsqueeze(0)
+    used = used_directions(moment, 1e-2)
+    assert torch.allclose(used.mT @ used, torch.eye(used.shape[2]), atol=1e-4)
+    assert torch.equal(used, used_directions(moment, 1e-2))
 
 
 def test_products_from_half_of_the_work() -> None:
@@ -124,5 +139,6 @@ def test_hessians_that_float32_cannot_factor_are_factored_in_float64() -> None:
     hessian = torch.ones(1, 3, 3).double() + torch.diag(torch.tensor([1e-8, 2e-8, 3e-8]).double())
     assert torch.linalg.cholesky_ex(hessian.float()).info.item() != 0
     upper, roots = unit_upper(hessian)
-    assert torch.isfinite(upper).all() and (roots > 0).all()
-    assert torch.isfinite(inverse_diagonal(hessian)).all()
+    assert (roots > 0).all()
+    assert torch.allclose((upper * roots.square().unsqueeze(1)) @ upper.mT, hessian.float(), rtol=1e-5)
+    assert torch.allclose(inverse_diagonal(hessian).double(), torch.linalg.inv(hessian).diagonal(dim1=1, dim2=2), rtol=1e-2)

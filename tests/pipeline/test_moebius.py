@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moebius.calibrate.tokens import calibration_windows
 from moebius.checkpoint.writer import CheckpointWriter
+from moebius.errors import CalibrationError
 from moebius.evaluate.evaluation import evaluate_model
 from moebius.evaluate.size import packed_checkpoint_size
 from moebius.pipeline import quantize_model
+from moebius.pipeline.refine import refine
 from moebius.recipe import CalibrationSettings, Recipe
 from moebius.reference_model import reference_path
+from moebius.types import MoeModel
 
 CALIBRATION = CalibrationSettings(windows=4, window_length=32)
 
@@ -130,8 +134,26 @@ def test_a_refinement_that_was_stopped_is_done_again(olmoe: Path, tmp_path: Path
     assert files_of(tmp_path / "whole") == files_of(tmp_path / "resumed")
 
 
+def test_a_divergence_that_is_not_finite_stops_the_refinement(
+    olmoe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moebius.pipeline.refine._backward", lambda *given: float("nan"))
+    with pytest.raises(CalibrationError, match="divergence of nan at step 1, wanted a finite number"):
+        quantize_model(olmoe, tmp_path / "packed", Recipe.make("moebius", 2, **REFINED), CALIBRATION)
+
+
 @pytest.mark.parametrize("architecture", ["gpt_oss", "nemotron_h", "qwen2_moe"])
-def test_other_architectures_can_be_refined(architecture: str, tmp_path: Path) -> None:
+def test_other_architectures_can_be_refined(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def types(moe: MoeModel) -> list[torch.dtype]:
+        return [parameter.dtype for parameter in moe.model.parameters()]
+
+    def watched(moe: MoeModel, *given: Any, **options: Any) -> Any:
+        before = types(moe)
+        result = refine(moe, *given, **options)
+        assert types(moe) == before and torch.bfloat16 in before
+        return result
+
+    monkeypatch.setattr("moebius.pipeline.run.refine", watched)
     save_tiny(architecture, tmp_path / "source")
     recipe = Recipe.make("moebius", 2, refine=True, refine_steps=12)
     report = quantize_model(tmp_path / "source", tmp_path / "packed", recipe, CALIBRATION)

@@ -43,7 +43,6 @@ class Packed(ABC):
     rows: int
     columns: int
 
-    @abstractmethod
     def unpack(self, index: Tensor | None = None) -> Tensor:
         """The matrices as float32.
 
@@ -53,6 +52,14 @@ class Packed(ABC):
         Returns:
             (chosen, rows, columns).
         """
+        device = next(iter(self.tensors().values())).device
+        out = torch.empty(self.batch if index is None else len(index), self.rows, self.columns, device=device)
+        self.unpack_to(out, index)
+        return out
+
+    @abstractmethod
+    def unpack_to(self, out: Tensor, index: Tensor | None = None) -> None:
+        """Write what :meth:`unpack` returns to ``out``, float32 (chosen, rows, columns) and contiguous."""
 
     @abstractmethod
     def expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

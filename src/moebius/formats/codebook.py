@@ -83,18 +83,21 @@ class Codebook(Packed):
         """Codes per row."""
         return -(-self.columns // self.length)
 
-    def unpack(self, index: Tensor | None = None) -> Tensor:
+    def unpack_to(self, out: Tensor, index: Tensor | None = None) -> None:
         assert self.codes is not None and self.codebooks is not None
         pick = slice(None) if index is None else index
         codes = unpack(self.codes[pick], self.code_bits, self.vectors).long().flatten(1)  # (chosen, rows * vectors)
         books = self.codebooks[pick].float()
-        entries = books.gather(1, codes.unsqueeze(2).expand(-1, -1, self.length))
-        matrices = entries.view(len(codes), self.rows, -1)[..., : self.columns]
+        places = codes.unsqueeze(2).expand(-1, -1, self.length)
+        if self.columns % self.length:
+            out.copy_(books.gather(1, places).view(len(codes), self.rows, -1)[..., : self.columns])
+        else:
+            torch.gather(books, 1, places, out=out.view(len(codes), -1, self.length))
         if self.loadings is not None and self.directions is not None:
-            matrices = matrices + self.loadings[pick].float() @ self.directions[0].float()
+            loadings, directions = self.loadings[pick].float(), self.directions[0].float()
+            out.baddbmm_(loadings, directions.expand(len(loadings), -1, -1))
         if self.row_scales is not None:
-            matrices = matrices * self.row_scales[pick].float().unsqueeze(2)
-        return matrices
+            out *= self.row_scales[pick].float().unsqueeze(2)
 
     def expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {

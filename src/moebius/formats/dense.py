@@ -25,9 +25,9 @@ class Dense(Packed):
         batch, rows, columns = matrices.shape
         return cls(batch, rows, columns, str(dtype).removeprefix("torch."), matrices.to(dtype).contiguous())
 
-    def unpack(self, index: Tensor | None = None) -> Tensor:
+    def unpack_to(self, out: Tensor, index: Tensor | None = None) -> None:
         assert self.values is not None
-        return (self.values if index is None else self.values[index]).float()
+        out.copy_(self.values if index is None else self.values[index])
 
     def expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         return {"values": ((self.batch, self.rows, self.columns), getattr(torch, self.dtype))}

@@ -84,18 +84,18 @@ class Graded(Packed):
         """Along each direction."""
         return self.columns if self.side == "input" else self.rows
 
-    def unpack(self, index: Tensor | None = None) -> Tensor:
+    def unpack_to(self, out: Tensor, index: Tensor | None = None) -> None:
         assert self.codes is not None and self.scale_codes is not None and self.scale_grid is not None
         pick = slice(None) if index is None else index
         codes, scales = self.codes[pick], decode(self.scale_codes[pick], self.scale_grid[pick])
-        parts, begin = [scales.new_zeros(len(scales), 0, self.entries)], 0
+        matrices = out if self.side == "input" else out.mT  # (chosen, directions, entries)
+        first = begin = 0
         for grade, count in self.runs():
             width = packed_width(self.entries, grade)
             block = codes[:, begin : begin + count * width].reshape(-1, count, width)
-            parts.append(unpack(block, grade, self.entries).float() - (2**grade - 1) / 2)
-            begin += count * width
-        values = torch.cat(parts, 1) * scales.unsqueeze(2)
-        return values if self.side == "input" else values.mT.contiguous()
+            mine = slice(first, first + count)
+            matrices[:, mine] = (unpack(block, grade, self.entries).float() - (2**grade - 1) / 2) * scales[:, mine, None]
+            first, begin = first + count, begin + count * width
 
     def expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         stream = sum(count * packed_width(self.entries, grade) for grade, count in self.runs())

@@ -110,7 +110,7 @@ class GroupedSigns(Packed):
         """Blocks of columns, as the salient ones count them."""
         return -(-self.columns // self.salient_block)
 
-    def unpack(self, index: Tensor | None = None) -> Tensor:
+    def unpack_to(self, out: Tensor, index: Tensor | None = None) -> None:
         assert self.signs is not None and self.groups is not None and self.row_scales is not None
         pick = slice(None) if index is None else index
         signs = unpack_signs(self.signs[pick], self.columns)
@@ -125,7 +125,7 @@ class GroupedSigns(Packed):
             chosen = _columns_of(mask).unsqueeze(1).expand(-1, self.rows, -1)
             second.scatter_(2, chosen, unpack_signs(self.salient_signs[pick], self.salient))
         column_scales = None if self.column_scales is None else self.column_scales[pick].float()
-        return assemble(
+        matrices = assemble(
             signs,
             large,
             self.row_scales[pick].float(),
@@ -136,6 +136,7 @@ class GroupedSigns(Packed):
             block=self.block,
             salient_block=self.salient_block,
         )
+        out.copy_(matrices)
 
     def _mask(self, signs: Tensor, pick: Tensor | slice) -> Tensor:
         if self.salient_mask is None:

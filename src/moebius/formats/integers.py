@@ -63,20 +63,18 @@ class Integers(Packed):
         """Groups per row."""
         return -(-self.columns // self.group_size)
 
-    def unpack(self, index: Tensor | None = None) -> Tensor:
+    def unpack_to(self, out: Tensor, index: Tensor | None = None) -> None:
         assert self.codes is not None and self.scales is not None
         pick = slice(None) if index is None else index
-        values = unpack(self.codes[pick], self.bits, self.columns).float()
+        out.copy_(unpack(self.codes[pick], self.bits, self.columns))
+        scales = self.scales[pick].float()
         if self.zeros is None:
-            centre: Tensor | float = (2**self.bits - 1) / 2
+            centres = torch.full_like(scales, (2**self.bits - 1) / 2)
         else:
-            zeros = unpack(self.zeros[pick], self.bits, self.rows * self.groups).float()
-            centre = self._spread(zeros.view(-1, self.rows, self.groups))
-        return (values - centre) * self._spread(self.scales[pick].float())
-
-    def _spread(self, per_group: Tensor) -> Tensor:
-        """(..., groups) to (..., columns)."""
-        return per_group.repeat_interleave(self.group_size, dim=-1)[..., : self.columns]
+            centres = unpack(self.zeros[pick], self.bits, self.rows * self.groups).float().view_as(scales)
+        for group in range(self.groups):  # whole groups at once would want the last one whole too
+            mine, which = slice(group * self.group_size, (group + 1) * self.group_size), slice(group, group + 1)
+            out[..., mine].sub_(centres[..., which]).mul_(scales[..., which])
 
     def expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {

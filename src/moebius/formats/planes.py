@@ -194,10 +194,10 @@ class Planes(Packed):
             levels[matrix, direction] += signs * amplitudes[matrix, direction, plane, None]
         return levels
 
-    def unpack(self, index: Tensor | None = None) -> Tensor:
+    def unpack_to(self, out: Tensor, index: Tensor | None = None) -> None:
         values = self.levels(index).mul_(self.direction_scales(index).unsqueeze(2))
         values *= self.entry_scales(index).unsqueeze(1)
-        return values.mT.contiguous() if self.side == "input" else values
+        out.copy_(values.mT if self.side == "input" else values)
 
     def expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         return {

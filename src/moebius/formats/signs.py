@@ -89,20 +89,20 @@ class Signs(Packed):
             salient_column_scales=salient_column_scales.gather(1, picked).half().contiguous(),
         )
 
-    def unpack(self, index: Tensor | None = None) -> Tensor:
+    def unpack_to(self, out: Tensor, index: Tensor | None = None) -> None:
         assert self.signs is not None and self.row_scales is not None and self.column_scales is not None
         pick = slice(None) if index is None else index
-        matrices = unpack_signs(self.signs[pick], self.columns).float()
-        matrices *= self.column_scales[pick].float().unsqueeze(1)
+        out.copy_(unpack_signs(self.signs[pick], self.columns))
+        out *= self.column_scales[pick].float().unsqueeze(1)
         if self.salient:
             assert self.salient_mask is not None and self.salient_signs is not None
             assert self.salient_column_scales is not None
             second = unpack_signs(self.salient_signs[pick], self.salient).float()
             second *= self.salient_column_scales[pick].float().unsqueeze(1)
             mask = unpack(self.salient_mask[pick], 1, self.columns)
-            picked = mask.nonzero()[:, 1].view(len(matrices), 1, self.salient)
-            matrices.scatter_add_(2, picked.expand_as(second), second)
-        return matrices * self.row_scales[pick].float().unsqueeze(2)
+            picked = mask.nonzero()[:, 1].view(len(out), 1, self.salient)
+            out.scatter_add_(2, picked.expand_as(second), second)
+        out *= self.row_scales[pick].float().unsqueeze(2)
 
     def expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {

@@ -75,27 +75,26 @@ class Spectral(Packed):
             widths=pack(widths, 4), payload=payload, row_scales=None if row_scales is None else row_scales.half().contiguous()
         )
 
-    def unpack(self, index: Tensor | None = None) -> Tensor:
+    def unpack_to(self, out: Tensor, index: Tensor | None = None) -> None:
         assert self.widths is not None and self.payload is not None
         widths = unpack(self.widths, 4, self.directions)
         index = torch.arange(self.batch, device=widths.device) if index is None else index
         place = torch.full((self.batch,), -1, device=widths.device).index_copy_(
             0, index, torch.arange(len(index), device=widths.device)
         )
-        matrices = self.payload.new_zeros(len(index) * self.directions, self.length, dtype=torch.float32)
+        matrices = (out.mT if self.transposed else out).zero_()
         for bits, units, start in self.sections(widths):
             records = self.payload[start : start + len(units) * self.record_bytes(bits)].view(len(units), -1)
             matrix = place[units // self.directions]
             chosen = matrix >= 0
-            records, rows = records[chosen], (matrix * self.directions + units % self.directions)[chosen]
+            records = records[chosen]
             scales = records[:, : 2 * self.groups].flatten().view(torch.float16).view(len(records), self.groups).float()
-            codes = unpack(records[:, 2 * self.groups :], bits, self.length).float()
-            spread = scales.repeat_interleave(self.group_size, dim=1)[:, : self.length]
-            matrices[rows] = (codes - (2**bits - 1) / 2) * spread
-        matrices = matrices.view(len(index), self.directions, self.length)
-        if self.transposed:
-            matrices = matrices.mT
-        return matrices if self.row_scales is None else matrices * self.row_scales[index].float().unsqueeze(2)
+            levels = unpack(records[:, 2 * self.groups :], bits, self.length).float().sub_((2**bits - 1) / 2)
+            for group in range(self.groups):
+                levels[:, group * self.group_size : (group + 1) * self.group_size] *= scales[:, group, None]
+            matrices[matrix[chosen], (units % self.directions)[chosen]] = levels
+        if self.row_scales is not None:
+            out *= self.row_scales[index].float().unsqueeze(2)
 
     @property
     def groups(self) -> int:

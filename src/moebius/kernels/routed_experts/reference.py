@@ -26,8 +26,9 @@ def routed_experts(
     """``y_t = Σ_k w_tk · down_e(activation(gate_up_e(x_t)))`` with ``e = top_k_index[t, k]``, computed in float32.
 
     The shared factors are used as rarely as they can be: ``gate_up.right`` once per token before the experts, ``down.left``
-    once per token after the weighted sum. Only experts that a token chose are unpacked, a few at a time, so the layer is
-    never in memory as a whole. Repeats give the same bits on any device: every slot is written once and summed in order.
+    once per token after the weighted sum. Only experts that a token chose are unpacked, a few at a time into one buffer, so the
+    layer is never in memory as a whole. Repeats give the same bits on any device: every slot is written once and summed in
+    order.
 
     Args:
         hidden: (tokens, hidden), any floating dtype.
@@ -47,16 +48,19 @@ def routed_experts(
     inputs = _shared(gate_up.right, hidden.float())
     outputs = inputs.new_zeros(tokens * top_k, down.factor.rows)
     largest = max(p.factor.rows * p.factor.columns for p in (gate_up, down))
-    for experts, members, valid in _groups(slots, gate_up.factor.batch, max(1, _UNPACKED_WEIGHTS // largest)):
+    most = min(gate_up.factor.batch, max(1, _UNPACKED_WEIGHTS // largest))
+    # Gradients want all matrices once more, and then each has to have memory of its own.
+    buffer = None if hidden.requires_grad else inputs.new_empty(most * largest)
+    for experts, members, valid in _groups(slots, gate_up.factor.batch, most):
         chosen = members[valid]
-        states = torch.bmm(inputs[members // top_k], gate_up.factor.unpack(experts).mT)[valid]
+        states = torch.bmm(inputs[members // top_k], _unpacked(gate_up.factor, experts, buffer).mT)[valid]
         states = _shared(gate_up.left, states)
         if gate_up_bias is not None:
             states = states + gate_up_bias[slots[chosen]].float()
         states = _shared(down.right, activation(states))
         padded = states.new_zeros(*members.shape, states.shape[-1])
         padded[valid] = states
-        outputs[chosen] = torch.bmm(padded, down.factor.unpack(experts).mT)[valid] * weights[chosen]
+        outputs[chosen] = torch.bmm(padded, _unpacked(down.factor, experts, buffer).mT)[valid] * weights[chosen]
     result = _shared(down.left, outputs.view(tokens, top_k, down.factor.rows).sum(1))
     if down_bias is not None:
         result = result + routed_bias(top_k_index, top_k_weights, down_bias)
@@ -69,6 +73,15 @@ def routed_bias(top_k_index: Tensor, top_k_weights: Tensor, bias: Tensor) -> Ten
     index = torch.where((top_k_index >= 0) & (top_k_index < experts), top_k_index, experts)
     routing = torch.zeros(len(index), experts + 1, device=bias.device)  # the last column takes the padding
     return routing.scatter_add_(1, index, top_k_weights.float())[:, :-1] @ bias.float()
+
+
+def _unpacked(factor: Packed, experts: Tensor, buffer: Tensor | None) -> Tensor:
+    """Some matrices (chosen, rows, columns), where the next ones will be too."""
+    if buffer is None:
+        return factor.unpack(experts)
+    matrices = buffer[: len(experts) * factor.rows * factor.columns].view(-1, factor.rows, factor.columns)
+    factor.unpack_to(matrices, experts)
+    return matrices
 
 
 def _shared(factor: Packed | None, states: Tensor) -> Tensor:
