@@ -42,8 +42,11 @@ class Recipe:
     block_size: int = _option(128, "columns per block of the error feedback: a matter of speed")
     damping: float = _option(0.01, "share of the mean diagonal added to every Hessian")
     layer_lean: float = _option(0.03, "how much an expert's Hessian leans on the mean of its layer (ρ)")
+    planes: int = _option(
+        4, "sign planes that a direction of an expert has at most (7 from 1.25 bits on)", (1, 2, 3, 4, 5, 6, 7)
+    )
     scale_bits: int = _option(
-        5, "bits of the scale of a direction or an entry of a sign plane (8 from three bits on)", (3, 4, 5, 6, 7, 8)
+        5, "bits of the scale of a direction or an entry of a sign plane (6 from 1.5 bits on, 8 from 2.5)", (3, 4, 5, 6, 7, 8)
     )
     sweeps: int = _option(1, "passes over the planes after the first, each in view of all errors")
     felt: bool = _option(False, "fit planes to the tokens by how much the loss feels their outputs (moebius: on below one bit)")
@@ -162,14 +165,15 @@ def _whole_rows_at_one_bit(bits: float) -> dict[str, Any]:
 
 def _by_budget(bits: float) -> dict[str, Any]:
     """Where most directions get no bits at all, it matters which tokens the rest is fitted to; later it does not pay. Where
-    there are three bits, scales of five are what errs most.
+    bits are scarce, they do not belong in the fifth plane of what calibration showed most of; where they are not, four planes
+    are too few for it, and the more planes there are, the more of what is left is the rounding of scales.
     """
-    return {"felt": bits < 1, "scale_bits": 8 if bits >= 3 else 5}
+    return {"felt": bits < 1, "planes": 7 if bits >= 1.25 else 4, "scale_bits": 8 if bits >= 2.5 else 6 if bits >= 1.5 else 5}
 
 
 METHOD_OPTIONS = {
     "moebius": MethodOptions(
-        _EVERY_METHOD | {"block_size", "scale_bits", "sweeps", "felt", "refine", "refine_steps"},
+        _EVERY_METHOD | {"block_size", "planes", "scale_bits", "sweeps", "felt", "refine", "refine_steps"},
         default_bits=1,
         low=0.3,
         high=4,

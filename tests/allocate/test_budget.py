@@ -10,7 +10,7 @@ import torch
 from moebius.allocate.budget import Allocation, Units, allocate, expected_loss, prefix_values, stored_bytes
 from moebius.errors import RecipeError
 from moebius.formats.graded import Graded
-from moebius.formats.planes import DISTORTION, MOST_PLANES, Planes
+from moebius.formats.planes import DISTORTION, Planes
 
 GRADES = (8, 6, 5, 4, 3)
 
@@ -30,7 +30,7 @@ WEIGHTS = sum(units.values.numel() * units.entries for units in GROUPS)
 
 def spend(bits: float, groups: list[Units] = GROUPS, **options: object) -> tuple[int, list[Allocation]]:
     budget = int(bits * WEIGHTS / 8)
-    return budget, allocate(groups, budget, **{"scale_bits": 5, "grades": GRADES, **options})
+    return budget, allocate(groups, budget, **{"scale_bits": 5, "grades": GRADES, "most_planes": 4, **options})
 
 
 def total(groups: list[Units], allocations: list[Allocation], scale_bits: int = 5) -> int:
@@ -45,6 +45,13 @@ def loss(groups: list[Units], allocations: list[Allocation]) -> float:
 def test_the_budget_is_spent_within_one_percent(bits: float) -> None:
     budget, allocations = spend(bits)
     assert 0.99 * budget <= total(GROUPS, allocations) <= budget
+
+
+@pytest.mark.parametrize("most_planes", [1, 4, 7])
+def test_no_direction_has_more_planes_than_are_allowed(most_planes: int) -> None:
+    """And where there are bits for them, some direction has all of these."""
+    _, allocations = spend(3.5, most_planes=most_planes)
+    assert max(a.widths.shape[1] for a in allocations) == most_planes
 
 
 def test_costs_are_those_of_the_stored_tensors() -> None:
@@ -88,8 +95,8 @@ def test_no_swap_of_a_plane_between_two_units_improves_it() -> None:
     weights = sum(units.values.numel() * units.entries for units in groups)
     for bits in (1.5, 2.0, 2.6):
         budget = int(bits * weights / 8)
-        best = allocate(groups, budget, scale_bits=8, grades=(8,))
-        least, places = loss(groups, best), list(itertools.product(range(2), range(4), range(MOST_PLANES)))
+        best = allocate(groups, budget, scale_bits=8, grades=(8,), most_planes=5)
+        least, places = loss(groups, best), list(itertools.product(range(2), range(4), range(5)))
         swaps = 0
         for (g, e, p), (h, f, q) in itertools.product(places, places):
             taken = with_planes(best[g], e, p, -1)
@@ -119,7 +126,7 @@ def test_brute_force_finds_nothing_better_than_what_one_unit_can_be_worth() -> N
                 candidates.append((stored_bytes(units, a, 8), expected_loss(units, a)))
     hull_gap = 0.0
     for budget in range(80, 260, 12):
-        got = expected_loss(units, allocate([units], budget, scale_bits=8, grades=(8, 4))[0])
+        got = expected_loss(units, allocate([units], budget, scale_bits=8, grades=(8, 4), most_planes=4)[0])
         best = min(value for cost, value in candidates if cost <= budget)
         assert got >= best - 1e-9
         hull_gap = max(hull_gap, got - best)
@@ -130,14 +137,14 @@ def test_brute_force_finds_nothing_better_than_what_one_unit_can_be_worth() -> N
 def test_units_without_value_get_nothing() -> None:
     dead = Units(torch.zeros(4, 12, dtype=torch.float64), 64, 12)
     alive = random_units(1, experts=4, directions=12, entries=64)
-    allocations = allocate([dead, alive], 1500, scale_bits=5, grades=GRADES)
+    allocations = allocate([dead, alive], 1500, scale_bits=5, grades=GRADES, most_planes=4)
     assert not allocations[0].widths.any() and allocations[0].basis_bits == ()
     assert allocations[1].widths.any()
 
 
 def test_a_budget_below_what_nothing_costs_is_refused() -> None:
     with pytest.raises(RecipeError, match="wanted at least"):
-        allocate(GROUPS, 3, scale_bits=5, grades=GRADES)
+        allocate(GROUPS, 3, scale_bits=5, grades=GRADES, most_planes=4)
 
 
 def test_prefix_values_are_the_nearest_falling_ones() -> None:

@@ -200,7 +200,7 @@ def bounds() -> tuple[float, float]:
 
 
 @pytest.mark.parametrize(("hidden", "inner", "kept"), [(s, SIZES[-1 - i], SIZES[(i + 2) % 5]) for i, s in enumerate(SIZES)])
-@pytest.mark.parametrize("most", range(5))
+@pytest.mark.parametrize("most", range(8))
 def test_nested_planes(hidden: int, inner: int, kept: int, most: int, backend: str) -> None:
     agree(*planes_case(hidden, inner, kept, most))
 
@@ -407,7 +407,7 @@ def test_unpacking_is_exact_but_for_bf16(width: int, side: str, backend: str) ->
     generator = Generator().manual_seed(width)
     for packed in (
         graded(generator, side, 41, width),
-        planes(generator, side, 41, width, 4),
+        planes(generator, side, 41, width, 7),
         signs(generator, width, width, 0),
     ):
         kernel = cpu.kernel_of(packed)
@@ -448,7 +448,7 @@ def test_tiles_err_by_the_rounding_of_inputs_alone(rows: int, columns: int, tile
     for packed in (
         *(
             planes(generator, side, *shape, most)
-            for most in range(1, 5)
+            for most in range(1, 8)
             for side, shape in (("input", (columns, rows)), ("output", (rows, columns)))
         ),
         signs(generator, rows, columns, min(columns, 40)),

@@ -253,7 +253,7 @@ def test_moebius(generator: Generator, tokens: int, hidden: int, inner: int, ran
     check(replace(case, hidden=case.hidden.to(dtype)))
 
 
-@pytest.mark.parametrize("count", range(5))
+@pytest.mark.parametrize("count", range(8))
 def test_every_number_of_planes(generator: Generator, count: int) -> None:
     """As many in every direction of every expert."""
     widths = torch.full((EXPERTS, count), 17) if count else torch.zeros(EXPERTS, 1, dtype=torch.int64)

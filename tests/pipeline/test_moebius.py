@@ -47,6 +47,25 @@ def test_the_bytes_are_those_that_were_asked_for(bits: float, tmp_path: Path) ->
     assert 0.99 * bits < stored <= bits
 
 
+def test_what_matters_most_wants_more_than_four_planes(tmp_path: Path) -> None:
+    """At three bits, on held-out windows: nearer than four planes allow, and than what BitsMoE makes of as many bits."""
+    calibration = CalibrationSettings(windows=16, window_length=64)
+    held_out = calibration_windows(replace(calibration, split="held-out"), AutoTokenizer.from_pretrained(reference_path()))
+    original = AutoModelForCausalLM.from_pretrained(reference_path(), dtype=torch.float32)
+    recipes = {
+        "default": Recipe.make("moebius", 3),
+        "four": Recipe.make("moebius", 3, planes=4),
+        "bitsmoe": Recipe.make("bitsmoe", 3),
+    }
+    divergence = {}
+    for name, recipe in recipes.items():
+        quantize_model(reference_path(), tmp_path / name, recipe, calibration)
+        assert packed_checkpoint_size(tmp_path / name).bits_per_expert_weight <= 3
+        packed = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
+        divergence[name] = evaluate_model(packed, held_out, reference=original).kl
+    assert 2 * divergence["default"] < min(divergence["four"], divergence["bitsmoe"])
+
+
 @pytest.mark.parametrize("stop_in", ["survey", "quantize"])
 def test_a_stopped_run_resumes_and_writes_the_same_bytes(
     olmoe: Path, tmp_path: Path, stop_in: str, monkeypatch: pytest.MonkeyPatch

@@ -80,7 +80,7 @@ def test_white_gaussians_err_by_the_distortion(planes: int, side: str, sweeps: i
     got = quantized(side, target, identity, torch.full((2, 128), planes), sweeps)
     error = (got.factor() - target).square().mean() / target.square().mean()
     # A sweep fits levels to the scales of the rows, and errs a little less than the levels of a Gaussian do.
-    assert 0.9 * DISTORTION[planes] < error.item() < 1.06 * DISTORTION[planes]
+    assert 0.88 * DISTORTION[planes] < error.item() < 1.06 * DISTORTION[planes]
 
 
 @pytest.mark.parametrize("side", ["directions", "entries"])
@@ -95,7 +95,7 @@ def test_planes_follow_their_counts(side: str) -> None:
     factor = got.factor()
     assert not factor[counts == 0].any() and factor[counts > 0].any(1).all()
     assert (got.entry_scales[0] > 0).all()
-    amplitudes = torch.tensor([[0.0] * 4, *((*a, *[0.0] * (4 - len(a))) for a in AMPLITUDES.values())])[counts]
+    amplitudes = torch.tensor([[0.0] * 7, *((*a, *[0.0] * (7 - len(a))) for a in AMPLITUDES.values())])[counts]
     rebuilt = torch.zeros_like(target)
     for plane, positive in enumerate(got.positive().unbind(1)):
         rebuilt += torch.where(positive, 1.0, -1.0) * amplitudes[..., plane, None]

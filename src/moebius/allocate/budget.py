@@ -19,7 +19,7 @@ from torch import Tensor
 from moebius.errors import RecipeError
 from moebius.formats.bits import packed_width
 from moebius.formats.graded import ROUNDING_NOISE, SCALE_BITS
-from moebius.formats.planes import DISTORTION, MOST_PLANES
+from moebius.formats.planes import DISTORTION
 
 _GRID_BYTES = 4  # two fp16 numbers for the scales of a matrix or a basis
 _WIDTH_BYTES = 2
@@ -87,7 +87,9 @@ def expected_loss(units: Units, allocation: Allocation) -> float:
     return float((values[:, :kept] * (share + live * noise)).sum() + values[:, kept:].sum())
 
 
-def allocate(groups: Sequence[Units], budget: int, *, scale_bits: int, grades: Sequence[int]) -> list[Allocation]:
+def allocate(
+    groups: Sequence[Units], budget: int, *, scale_bits: int, grades: Sequence[int], most_planes: int
+) -> list[Allocation]:
     """Spend a budget over all units of all projections.
 
     Args:
@@ -95,11 +97,12 @@ def allocate(groups: Sequence[Units], budget: int, *, scale_bits: int, grades: S
         budget: bytes, all in all.
         scale_bits: of an entry's or direction's scale.
         grades: bits that a basis direction may have.
+        most_planes: that a direction of an expert may have.
 
     Raises:
         RecipeError: a budget that does not even pay for what is stored without any plane.
     """
-    least = [_choose(units, math.inf, scale_bits, grades) for units in groups]
+    least = [_choose(units, math.inf, scale_bits, grades, most_planes) for units in groups]
     if _total(groups, least, scale_bits) > budget:
         raise RecipeError(f"bits: got a budget of {budget} bytes, wanted at least {_total(groups, least, scale_bits)} here")
     # Values are losses and may be of any size; prices are in their unit per byte.
@@ -107,28 +110,28 @@ def allocate(groups: Sequence[Units], budget: int, *, scale_bits: int, grades: S
     low, high, best = math.log(top * 1e-18 + 1e-300), math.log(top + 1e-300), least
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        chosen = [_choose(units, math.exp(middle), scale_bits, grades) for units in groups]
+        chosen = [_choose(units, math.exp(middle), scale_bits, grades, most_planes) for units in groups]
         if _total(groups, chosen, scale_bits) <= budget:
             high, best = middle, chosen
         else:
             low = middle
-    return _fill(groups, best, budget, scale_bits)
+    return _fill(groups, best, budget, scale_bits, most_planes)
 
 
 def _total(groups: Sequence[Units], allocations: Sequence[Allocation], scale_bits: int) -> int:
     return sum(stored_bytes(units, a, scale_bits) for units, a in zip(groups, allocations, strict=True))
 
 
-def _choose(units: Units, price: float, scale_bits: int, grades: Sequence[int]) -> Allocation:
+def _choose(units: Units, price: float, scale_bits: int, grades: Sequence[int], most_planes: int) -> Allocation:
     """The best choices where a byte costs ``price``: planes, then which experts and directions pay for what they share."""
     values = units.values.double()
     if price == math.inf:
         return Allocation(torch.zeros(len(values), 0, dtype=torch.int64), ())
-    costs = _plane_costs(units, scale_bits)
-    saved = values.new_tensor([DISTORTION[p] - DISTORTION[p + 1] for p in range(MOST_PLANES)])
+    costs = _plane_costs(units, scale_bits, most_planes)
+    saved = values.new_tensor([DISTORTION[p] - DISTORTION[p + 1] for p in range(most_planes)])
     planes = (values.unsqueeze(2) * saved > price * costs).sum(2)
     spent = torch.cat([costs.new_zeros(1), costs.cumsum(0)])
-    kept_loss = values.new_tensor([1 - share for share in DISTORTION])
+    kept_loss = values.new_tensor([1 - share for share in DISTORTION[: most_planes + 1]])
     profit = values * kept_loss[planes] - price * spent[planes]
     of_expert = packed_width(units.entries, scale_bits) + 2 * _GRID_BYTES
     planes = planes * (profit.sum(1) > price * of_expert).unsqueeze(1)
@@ -146,7 +149,9 @@ def _choose(units: Units, price: float, scale_bits: int, grades: Sequence[int]) 
     return Allocation(widths, tuple(bits.cummin(0).values.tolist()) if kept else ())
 
 
-def _fill(groups: Sequence[Units], allocations: list[Allocation], budget: int, scale_bits: int) -> list[Allocation]:
+def _fill(
+    groups: Sequence[Units], allocations: list[Allocation], budget: int, scale_bits: int, most_planes: int
+) -> list[Allocation]:
     """Add single planes, the best for its bytes first, while any fits."""
     # Codes of direction scales are one stream per projection: the last byte of each is set aside.
     left = float(budget - _total(groups, allocations, scale_bits) - len(groups))
@@ -162,7 +167,7 @@ def _fill(groups: Sequence[Units], allocations: list[Allocation], budget: int, s
             gain = value * (DISTORTION[plane] - DISTORTION[plane + 1])
             heapq.heappush(candidates, (-gain / float(costs[group][plane]), group, expert, plane))
 
-    costs = [_plane_costs(units, scale_bits) for units in groups]
+    costs = [_plane_costs(units, scale_bits, most_planes) for units in groups]
     for group, rows in enumerate(widths):
         for expert, row in enumerate(rows):
             for plane in range(len(row)):
@@ -183,9 +188,9 @@ def _fill(groups: Sequence[Units], allocations: list[Allocation], budget: int, s
     ]
 
 
-def _plane_costs(units: Units, scale_bits: int) -> Tensor:
+def _plane_costs(units: Units, scale_bits: int, most_planes: int) -> Tensor:
     """Bytes of the first plane of a direction, with its scale, and of each further one. float64 (planes,)"""
-    costs = torch.full((MOST_PLANES,), float(packed_width(units.entries, 1)), dtype=torch.float64)
+    costs = torch.full((most_planes,), float(packed_width(units.entries, 1)), dtype=torch.float64)
     costs[0] += scale_bits / 8
     return costs
 

@@ -23,16 +23,20 @@ from moebius.formats.logarithmic import decode
 
 #: Planes to their amplitudes: those of least squared error for a Gaussian of unit variance, among sums of signs. For one and
 #: two planes these are the Lloyd-Max levels themselves; for three and four the levels of a quantizer without the nesting would
-#: err by 0.0345 and 0.0095.
+#: err by 0.0345 and 0.0095. From five on each is half of the one before, which is within 1 % of the best and exact in bytes:
+#: seven planes are the integers from -127 to 127.
 AMPLITUDES: dict[int, tuple[float, ...]] = {
     1: (0.79788456,),
     2: (0.98159881, 0.52881878),
     3: (1.15784549, 0.60694633, 0.30104003),
     4: (1.33061049, 0.68568196, 0.33885703, 0.16955516),
+    5: (1.5051104, 0.7525552, 0.3762776, 0.1881388, 0.0940694),
+    6: (1.665008, 0.832504, 0.416252, 0.208126, 0.104063, 0.0520315),
+    7: (1.81976576, 0.90988288, 0.45494144, 0.22747072, 0.11373536, 0.05686768, 0.02843384),
 }
 #: Squared error for a Gaussian of unit variance, by number of planes.
-DISTORTION = (1.0, 0.36338023, 0.11748185, 0.03694262, 0.01141128)
-MOST_PLANES = 4
+DISTORTION = (1.0, 0.36338023, 0.11748185, 0.03694262, 0.01141128, 0.00349521, 0.00104005, 0.00030433)
+MOST_PLANES = 7
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ def share_out(surveys: Sequence[Mapping[str, Tensor]], recipe: Recipe) -> list[d
         entries, length = (inputs, outputs) if "metric" in survey else (outputs, inputs)
         units.append(Units(survey["values"], entries, length))
         weights += shape[0] * outputs * inputs
-    shares = allocate(units, int(recipe.bits * weights / 8), scale_bits=recipe.scale_bits, grades=_GRADES)
+    shares = allocate(units, int(recipe.bits * weights / 8), **_choices(recipe))
     return [{"widths": share.widths, "basis_bits": torch.tensor(share.basis_bits, dtype=torch.int64)} for share in shares]
 
 
@@ -181,7 +182,7 @@ def plan(shape: tuple[int, int, int], recipe: Recipe, projection: str) -> Packed
     entries, length = (outputs, inputs) if side == "input" else (inputs, outputs)
     values = (1 / torch.arange(1, length + 1, dtype=torch.float64)).expand(experts, -1)
     budget = int(recipe.bits * experts * outputs * inputs / 8)
-    share = allocate([Units(values, entries, length)], budget, scale_bits=recipe.scale_bits, grades=_GRADES)[0]
+    share = allocate([Units(values, entries, length)], budget, **_choices(recipe))[0]
     basis = Graded.skeleton(side=side, bits=share.basis_bits, entries=length)
     factor = Planes.skeleton(
         share.widths, side=side, directions=len(share.basis_bits), entries=entries, scale_bits=recipe.scale_bits
@@ -197,6 +198,11 @@ def needs(recipe: Recipe) -> str:
 def survey_needs(recipe: Recipe) -> str:
     """The gradient of the global loss is the exchange rate between experts and layers."""
     return "gradients"
+
+
+def _choices(recipe: Recipe) -> dict[str, Any]:
+    """What a budget may be spent on."""
+    return {"scale_bits": recipe.scale_bits, "grades": _GRADES, "most_planes": recipe.planes}
 
 
 def _sensitivity(stats: ProjectionStats, outputs: int) -> Tensor:

@@ -502,7 +502,7 @@ def _picked(signs: Signs) -> Tensor | None:
 
 @cache
 def _amplitudes(device: torch.device) -> Tensor:
-    """Amplitudes by number of planes and plane, float32 (5, 4)."""
+    """Amplitudes by number of planes and plane, float32 (8, 7)."""
     rows = [[0.0] * MOST_PLANES, *([*a, *[0.0] * (MOST_PLANES - len(a))] for a in AMPLITUDES.values())]
     return torch.tensor(rows, device=device)
 

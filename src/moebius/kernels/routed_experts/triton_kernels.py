@@ -212,7 +212,7 @@ def over_rows_kernel(
         out: float32 (SPLITS, slots, 16 · words), outputs in word order. Every split sums its part of the rows.
         widths, signs, codes, grids: of :class:`~moebius.formats.planes.Planes`; codes and grids those of the directions.
         row_begins, live_begins, live_places: where the rows, the direction codes and the grid of each expert are.
-        amplitudes: float32 (planes + 1, 4).
+        amplitudes: float32 (planes + 1, 7).
     """
     expert, slot, real = _members(index, order, block_expert, block_begin, block_end, slots, experts, M, SCAN)
     if expert >= experts:
@@ -245,7 +245,7 @@ def over_rows_kernel(
         for p in tl.static_range(PLANES):
             planes += (direction < tl.load(widths + expert * PLANES + p).to(tl.int32)).to(tl.int32)
         factor = _scale(codes, grids, 0, first_live + direction, matrix, rows > 0, inside, BITS)
-        factor *= tl.load(amplitudes + planes * 4 + plane, mask=inside, other=0.0)
+        factor *= tl.load(amplitudes + planes * 7 + plane, mask=inside, other=0.0)
         # Both in one layout, so that what is computed for a row is computed once: loaded the other way around, x costs twice.
         x = tl.load(states + token[:, None] * length + direction[None, :], mask=real[:, None] & inside[None, :], other=0.0)
         x = tl.trans(_to(x * factor[None, :], TYPE))
@@ -313,7 +313,7 @@ def along_planes_kernel(
             inside = direction < width
             part = tl.zeros((N, M), tl.float32)
             part = _along_rows(part, signs, row, inside, words, row_bytes, x, real, Q, WIDE, TYPE)
-            total += part * tl.load(amplitudes + planes * 4 + p, mask=inside, other=0.0)[:, None]
+            total += part * tl.load(amplitudes + planes * 7 + p, mask=inside, other=0.0)[:, None]
         row += width
     place, matrix = tl.load(live_begins + expert) + direction, tl.load(live_places + expert)
     live = tl.load(widths + expert * PLANES) > 0

@@ -24,18 +24,24 @@ constexpr int kBytesAhead = 16384;  // fetched before they are used
 constexpr float kLargestCode = 255;
 constexpr float kSmallestStep = 1e-37f;  // what has a finite inverse
 
-constexpr int kMostPlanes = 4;
+constexpr int kMostPlanes = 7;
 // moebius.formats.planes.AMPLITUDES
-constexpr float kAmplitudes[kMostPlanes + 1][kMostPlanes] = {{0, 0, 0, 0},
-                                                             {0.79788456f, 0, 0, 0},
-                                                             {0.98159881f, 0.52881878f, 0, 0},
-                                                             {1.15784549f, 0.60694633f, 0.30104003f, 0},
-                                                             {1.33061049f, 0.68568196f, 0.33885703f, 0.16955516f}};
+constexpr float kAmplitudes[kMostPlanes + 1][kMostPlanes] = {
+    {},
+    {0.79788456f},
+    {0.98159881f, 0.52881878f},
+    {1.15784549f, 0.60694633f, 0.30104003f},
+    {1.33061049f, 0.68568196f, 0.33885703f, 0.16955516f},
+    {1.5051104f, 0.7525552f, 0.3762776f, 0.1881388f, 0.0940694f},
+    {1.665008f, 0.832504f, 0.416252f, 0.208126f, 0.104063f, 0.0520315f},
+    {1.81976576f, 0.90988288f, 0.45494144f, 0.22747072f, 0.11373536f, 0.05686768f, 0.02843384f}};
 
 // Amplitudes as integers of about the same size for any number of planes, which add up to 127 at most, and their unit. They
-// are off by 0.02, 0.16 and 0.31 % for two planes to four.
-constexpr int kWhole[kMostPlanes + 1][kMostPlanes] = {{}, {75}, {65, 35}, {65, 34, 17}, {62, 32, 16, 8}};
-constexpr float kUnits[kMostPlanes + 1] = {0, 0.01063846f, 0.01510323f, 0.01781549f, 0.02143751f};
+// are off by 0.02, 0.16 and 0.31 % for two planes to four, and exact beyond, where each is half of the one before.
+constexpr int kWhole[kMostPlanes + 1][kMostPlanes] = {
+    {}, {75}, {65, 35}, {65, 34, 17}, {62, 32, 16, 8}, {64, 32, 16, 8, 4}, {64, 32, 16, 8, 4, 2}, {64, 32, 16, 8, 4, 2, 1}};
+constexpr float kUnits[kMostPlanes + 1] = {0,           0.01063846f, 0.01510323f, 0.01781549f,
+                                           0.02143751f, 0.02351735f, 0.02601575f, 0.02843384f};
 constexpr float kTileCentre = 128, kCodesCentre = 127.5f;  // of bytes that stand for signs, and for codes
 
 int padded(int count) { return (count + kPadding - 1) / kPadding * kPadding; }
@@ -179,7 +185,7 @@ class Planes : public Factor {
   int unpacked_rows(int e) const override { return width(e, 0); }
   int unpacked_width() const override { return t_.entries; }
 
-  // A direction has at most 16 values: all sums of its signed amplitudes, times its scale.
+  // A direction has at most 128 values: all sums of its signed amplitudes, times its scale.
   void unpack_row(int e, int direction, uint16_t* out, const Level& level) const override {
     const uint8_t* rows[kMostPlanes];
     int count = 0;

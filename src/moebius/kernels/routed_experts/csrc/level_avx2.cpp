@@ -148,6 +148,7 @@ void add_codes(const Codes& codes, const int16_t* values, int first, int lanes, 
 
 // Sixteen words by index: their low and high bytes come from two tables of bytes.
 void look_up(const uint8_t* const* planes, int count, const uint16_t* table, int lanes, uint16_t* out) {
+  if (count > 4) return portable_look_up(planes, count, table, lanes, out);  // more values than a register holds
   alignas(16) uint8_t low[16], high[16];
   for (int i = 0; i < 16; ++i) low[i] = static_cast<uint8_t>(table[i]), high[i] = static_cast<uint8_t>(table[i] >> 8);
   const __m256i lows = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(low)));

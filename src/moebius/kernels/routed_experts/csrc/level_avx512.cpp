@@ -222,6 +222,7 @@ inline int look_up_whole(const uint8_t* const* planes, const uint16_t* table, in
 }
 
 void look_up(const uint8_t* const* planes, int count, const uint16_t* table, int lanes, uint16_t* out) {
+  if (count > 4) return portable_look_up(planes, count, table, lanes, out);  // more values than a register holds
   const auto whole = count == 1 ? look_up_whole<1> : count == 2 ? look_up_whole<2> : count == 3 ? look_up_whole<3> : look_up_whole<4>;
   const int done = whole(planes, table, lanes, out);
   const uint8_t* rest[4];

@@ -50,6 +50,9 @@ void spread_signs(const uint8_t* const* planes, int count, const uint8_t* end, s
   if (count == 2) go(spread_rows<2, true>, spread_rows<2, false>);
   if (count == 3) go(spread_rows<3, true>, spread_rows<3, false>);
   if (count == 4) go(spread_rows<4, true>, spread_rows<4, false>);
+  if (count == 5) go(spread_rows<5, true>, spread_rows<5, false>);
+  if (count == 6) go(spread_rows<6, true>, spread_rows<6, false>);
+  if (count == 7) go(spread_rows<7, true>, spread_rows<7, false>);
 }
 
 void spread_codes(const Codes& codes, int first, int width, uint8_t shift, uint8_t* out, size_t out_stride) {
