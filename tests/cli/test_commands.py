@@ -13,7 +13,7 @@ from tests.tiny import save_tiny
 from typer.testing import CliRunner, Result
 
 from moebius.checkpoint.shards import read_folder
-from moebius.cli import comparison_run
+from moebius.cli import compare, comparison_run
 from moebius.cli.app import app
 
 
@@ -234,6 +234,37 @@ def test_compare(model: Path, tmp_path: Path, text: Path, calibration: list[str]
     alone = run_json("evaluate", out / bad["folder"], "--reference", model, *windows)
     assert alone["kl"] == pytest.approx(bad["kl"], rel=1e-5)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_moebius_is_set_beside_every_method(
+    model: Path, tmp_path: Path, text: Path, calibration: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At just below what each stores, once where two store the same; a run that was stopped goes on with the same rows."""
+    others = ["rtn@2", "rtn@2 gain=true", "gptq@3", "rtn@8"]
+    monkeypatch.setitem(compare.PRESETS, "methods", [(text, text) for text in others])
+    real = comparison_run.quantize_model
+
+    def stopped(source: str, out: Path, *arguments: Any, **options: Any) -> Any:
+        if out.name.startswith("moebius-2."):
+            raise KeyboardInterrupt
+        return real(source, out, *arguments, **options)
+
+    out = tmp_path / "out"
+    command = ["compare", model, "--preset", "methods", *calibration, "--text", text, "--text-windows", "3", "--out", out]
+    with monkeypatch.context() as patch:
+        patch.setattr(comparison_run, "quantize_model", stopped)
+        assert CliRunner().invoke(app, [*map(str, command), "--quiet"]).exit_code == 130
+    results = run_json(*command)
+    bits = {row["label"]: row["bits_per_expert_weight"] for row in results["rows"]}
+    assert list(bits.values())[1:] == sorted(list(bits.values())[1:]) and bits["original"] == 16
+    mine = [row for row in results["rows"] if row["label"].startswith("moebius@")]
+    assert len(mine) == len({bits[label] for label in others}) == 3
+    for label in others[:3]:
+        assert max(b for b in (bits[row["label"]] for row in mine) if b <= bits[label]) > 0.98 * bits[label]
+    assert mine[-1]["recipe"]["bits"] == 4, "rtn@8 stores more than moebius goes to"
+    assert results["recipes"].keys() == bits.keys() - {"original"}
+    assert (out / mine[0]["folder"]).is_dir()
+    assert "KL at equal bits: " in (out / "comparison.md").read_text()
 
 
 def test_a_stopped_comparison_goes_on(

@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from moebius.report.comparison import ComparisonRow, comparison_table, samples_markdown
+from moebius.report.comparison import ComparisonRow, comparison_table, samples_markdown, verdict
 from moebius.report.tables import TextTable, number, percent, size
 
 ORIGINAL = ComparisonRow("original", None, 16.0, 20_000_000, 21.3, completions=["x = 1"])
@@ -32,6 +32,21 @@ def test_markdown_has_a_row_per_row_and_keeps_pipes_inside_cells() -> None:
     assert lines[1] == "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
     assert lines[2] == "| original | 16.00 | 20.0 MB | 21.30 | – | – | – | – | – |"
     assert lines[3] == "| mobie [gain\\|true] | 1.77 | 3.46 MB | 28.75 | 0.1235 | 70.1 % | 0.8500 | 31.3 | 812 MB |"
+
+
+def rated(method: str, bits: float, kl: float) -> ComparisonRow:
+    return ComparisonRow(f"{method}@{bits:g}", {"method": method}, bits, 1, 20.0, kl=kl)
+
+
+def test_a_method_is_behind_where_another_is_nearer_in_no_fewer_bits() -> None:
+    mine = [rated("moebius", 2.0, 0.02), rated("moebius", 3.0, 0.01)]
+    fewer, equal, near, far = (rated("rtn", bits, kl) for bits, kl in ((1.5, 0.001), (2.0, 0.03), (3.5, 0.009), (2.9, 0.02)))
+    assert verdict([ORIGINAL, equal, *mine]) == "KL at equal bits: moebius is ahead of all 1 others"
+    assert verdict([ORIGINAL, fewer, *mine]).endswith("ahead of all 0 others"), "it has no row of as few bits"
+    assert verdict([ORIGINAL, equal, near, far, *mine]) == (
+        "KL at equal bits: rtn@3.5 (3.500 bits, KL 0.00900) beats moebius@3 (3.000 bits, KL 0.01000);"
+        " rtn@2.9 (2.900 bits, KL 0.02000) beats moebius@2 (2.000 bits, KL 0.02000); moebius is ahead of the other 1 of 3"
+    )
 
 
 def test_terminal_shows_every_cell_and_takes_brackets_as_text() -> None:

@@ -28,7 +28,7 @@ from moebius.cli.options import (
 from moebius.cli.output import note, print_json, print_tables, progress_bars
 from moebius.errors import RecipeError
 from moebius.recipe import CalibrationSettings, Recipe
-from moebius.report.comparison import ComparisonRow, comparison_table, samples_markdown
+from moebius.report.comparison import ComparisonRow, comparison_table, samples_markdown, verdict
 from moebius.report.tables import TextTable
 
 #: Label and recipe of every row of a preset, in the order of the table.
@@ -72,13 +72,16 @@ PRESETS = {
     "methods": [
         (text, text)
         for text in (
-            *("rtn@1 gain=true", "gptq@1 gain=true", "mobie gain=true"),
-            *("rtn@2 gain=true", "gptq@2", "gptvq@2", "kbvq@2", "bitsmoe@2", "arb gain=true", "billm gain=true"),
-            *("gptq@3", "bitsmoe@3", "kbvq@3"),
-            *(f"moebius@{bits}" for bits in (0.5, 0.75, 1, 1.5, 2, 3)),
+            *(f"{method}@1{gain}" for method in ("rtn", "gptq") for gain in ("", " gain=true")),
+            *("mobie", "mobie gain=true", "rtn@2 gain=true", "gptq@2", "gptq@2 gain=true"),
+            *("gptvq@2 error_feedback=false", "gptvq@2", "gptvq@2 idre=true bcos=mean_variance", "kbvq@2", "bitsmoe@2"),
+            *(f"{method}{parts}" for method in ("arb", "billm") for parts in ("", " gain=true glas=true nges=true")),
+            *("gptq@3", "kbvq@3", "bitsmoe@3"),
         )
     ],
 }
+#: Presets in which every recipe has a row of ``moebius`` beside it.
+MATCHED = ("methods",)
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -102,7 +105,7 @@ klt, bcos: the parts of kbvq, with and without the coordinates of the inputs, at
 
 calibration: mobie with 8 to 128 windows, and with other seeds
 
-methods: every method at one, two and three bits; moebius at half a bit to three"""
+methods: every other method at one, two and three bits, and moebius at just below what each of them stores"""
 
 _RECIPE_HELP = (
     'METHOD or METHOD@BITS, followed by KEY=VALUE words, such as "rtn@1 gain=true". The words calibration, windows,'
@@ -147,15 +150,17 @@ def compare(
     from moebius.evaluate.samples import PROMPTS
 
     require_device(device)
-    comparison = Comparison(source, candidates, held_out, PROMPTS[:samples], device)
+    comparison = Comparison(source, candidates, held_out, PROMPTS[:samples], device, settings if preset in MATCHED else None)
     work = WorkFolder(out, {"source": source, **comparison.to_dict()})
     with progress_bars(hidden=quiet) as progress:
-        rows = run_comparison(comparison, work, progress)
+        comparison, rows = run_comparison(comparison, work, progress)
     comment = (
         f"{held_out.windows * (held_out.window_length - 1):,} held-out tokens of {held_out.text!r};"
         f" calibration on {settings.windows} windows of {settings.window_length} of {settings.text!r}"
         f"{', unless the recipe says otherwise' if any(own != settings for _, own in candidates.values()) else ''}"
     )
+    if comparison.matched is not None:
+        comment += f"\n{verdict(rows)}"
     table = comparison_table(rows, title=display_name(model), note=comment)
     results = {
         "model": display_name(model),

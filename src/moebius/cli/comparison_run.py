@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +24,7 @@ from moebius.evaluate.samples import complete
 from moebius.evaluate.size import ModelSize, packed_checkpoint_size
 from moebius.pipeline import quantize_model
 from moebius.progress import Progress
-from moebius.recipe import CalibrationSettings, Recipe
+from moebius.recipe import METHOD_OPTIONS, CalibrationSettings, Recipe
 from moebius.report.comparison import ComparisonRow
 
 COMPLETION_TOKENS = 40
@@ -40,6 +42,7 @@ class Comparison:
         held_out: what every model is measured on.
         prompts: what every model continues.
         device: where to compute.
+        matched: what ``moebius`` looks at to be set beside every recipe at as many stored bits; None leaves it out.
     """
 
     source: str
@@ -47,6 +50,7 @@ class Comparison:
     held_out: CalibrationSettings
     prompts: tuple[str, ...]
     device: str
+    matched: CalibrationSettings | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """What the rows depend on, ready for JSON; not the source, which may be a path of this machine."""
@@ -57,6 +61,7 @@ class Comparison:
             },
             "text": self.held_out.to_dict(),
             "prompts": list(self.prompts),
+            "matched": None if self.matched is None else self.matched.to_dict(),
         }
 
 
@@ -110,8 +115,11 @@ class WorkFolder:
         draft.replace(self._file)
 
 
-def run_comparison(comparison: Comparison, work: WorkFolder, progress: Progress) -> list[ComparisonRow]:
+def run_comparison(comparison: Comparison, work: WorkFolder, progress: Progress) -> tuple[Comparison, list[ComparisonRow]]:
     """The original's row and one for every recipe; the packed checkpoints stay in the work folder.
+
+    Returns:
+        The comparison with the recipes that were set beside others, and the rows; those of a matched comparison by their bits.
 
     Every recipe has packed its checkpoint before the original is loaded to be measured: its peak memory is its own.
 
@@ -119,6 +127,11 @@ def run_comparison(comparison: Comparison, work: WorkFolder, progress: Progress)
         MoebiusError: as the commands it stands for: quantize, evaluate, generate.
     """
     costs = {label: _quantize(comparison, label, work, progress) for label in comparison.candidates}
+    if comparison.matched is not None:
+        others = [label for label, (recipe, _) in comparison.candidates.items() if recipe.method != "moebius"]
+        stored = [packed_checkpoint_size(work.folder / folder_name(label)).bits_per_expert_weight for label in others]
+        comparison = with_matches(comparison, stored)
+        costs = {label: _quantize(comparison, label, work, progress) for label in comparison.candidates}
     tokenizer = load_tokenizer(comparison.source)
     windows = calibration_windows(comparison.held_out, tokenizer)
     original = load_model(comparison.source, device=comparison.device)
@@ -146,8 +159,22 @@ def run_comparison(comparison: Comparison, work: WorkFolder, progress: Progress)
         folder = work.folder / folder_name(label)
         return measured(label, load_model(folder, device=comparison.device), packed_checkpoint_size(folder))
 
-    rows = [work.row(ORIGINAL, lambda: measured(ORIGINAL, original, checkpoint_size(comparison.source)))]
-    return rows + [work.row(label, partial(packed, label)) for label in comparison.candidates]
+    first = work.row(ORIGINAL, lambda: measured(ORIGINAL, original, checkpoint_size(comparison.source)))
+    rows = [work.row(label, partial(packed, label)) for label in comparison.candidates]
+    if comparison.matched is not None:
+        rows.sort(key=lambda row: row.bits_per_expert_weight)
+    return comparison, [first, *rows]
+
+
+def with_matches(comparison: Comparison, stored: Sequence[float]) -> Comparison:
+    """With ``moebius`` at just below each of these stored bits, as far as it goes: what a recipe stores may depend on the
+    model's shape, and is known once it has packed a checkpoint.
+    """
+    assert comparison.matched is not None
+    options = METHOD_OPTIONS["moebius"]
+    budgets = sorted({min(math.floor(bits * 1000) / 1000, options.high) for bits in stored if bits >= options.low})
+    beside = {f"moebius@{bits:g}": (Recipe.make("moebius", bits), comparison.matched) for bits in budgets}
+    return dataclasses.replace(comparison, candidates={**comparison.candidates, **beside})
 
 
 def _quantize(comparison: Comparison, label: str, work: WorkFolder, progress: Progress) -> dict[str, Any]:

@@ -91,6 +91,27 @@ def comparison_table(rows: Sequence[ComparisonRow], title: str = "", note: str =
     )
 
 
+def verdict(rows: Sequence[ComparisonRow], method: str = "moebius") -> str:
+    """Whom a method is behind, in KL, where it stores as many bits as the other or fewer; of its rows, the one of most bits."""
+    of = {row.label: row.recipe["method"] for row in rows if row.recipe is not None}
+    mine = sorted((row for row in rows if of.get(row.label) == method), key=lambda row: row.bits_per_expert_weight)
+    behind, compared = [], 0
+    for row in rows:
+        beside = [own for own in mine if own.bits_per_expert_weight <= row.bits_per_expert_weight]
+        if of.get(row.label, method) == method or not beside:
+            continue
+        own, compared = beside[-1], compared + 1
+        assert own.kl is not None and row.kl is not None  # only the original has none
+        if own.kl >= row.kl:
+            behind.append(
+                f"{row.label} ({row.bits_per_expert_weight:.3f} bits, KL {row.kl:.5f}) beats"
+                f" {own.label} ({own.bits_per_expert_weight:.3f} bits, KL {own.kl:.5f})"
+            )
+    if behind:
+        return f"KL at equal bits: {'; '.join(behind)}; {method} is ahead of the other {compared - len(behind)} of {compared}"
+    return f"KL at equal bits: {method} is ahead of all {compared} others"
+
+
 def samples_markdown(rows: Sequence[ComparisonRow], prompts: Sequence[str]) -> str:
     """What each model wrote after each prompt, as markdown."""
     lines = []
