@@ -43,10 +43,10 @@ class Recipe:
     damping: float = _option(0.01, "share of the mean diagonal added to every Hessian")
     layer_lean: float = _option(0.03, "how much an expert's Hessian leans on the mean of its layer (ρ)")
     planes: int = _option(
-        4, "sign planes that a direction of an expert has at most (7 from 1.25 bits on)", (1, 2, 3, 4, 5, 6, 7)
+        4, "sign planes that a direction of an expert has at most (6 from 1.25 bits on, 7 from 2.5)", (1, 2, 3, 4, 5, 6, 7)
     )
     scale_bits: int = _option(
-        5, "bits of the scale of a direction or an entry of a sign plane (6 from 1.5 bits on, 8 from 2.5)", (3, 4, 5, 6, 7, 8)
+        5, "bits of the scale of a direction or an entry of a sign plane (6 from 1.5 bits on, 8 from 2)", (3, 4, 5, 6, 7, 8)
     )
     sweeps: int = _option(1, "passes over the planes after the first, each in view of all errors")
     felt: bool = _option(False, "fit planes to the tokens by how much the loss feels their outputs (moebius: on below one bit)")
@@ -168,7 +168,8 @@ def _by_budget(bits: float) -> dict[str, Any]:
     bits are scarce, they do not belong in the fifth plane of what calibration showed most of; where they are not, four planes
     are too few for it, and the more planes there are, the more of what is left is the rounding of scales.
     """
-    return {"felt": bits < 1, "planes": 7 if bits >= 1.25 else 4, "scale_bits": 8 if bits >= 2.5 else 6 if bits >= 1.5 else 5}
+    planes = 7 if bits >= 2.5 else 6 if bits >= 1.25 else 4
+    return {"felt": bits < 1, "planes": planes, "scale_bits": 8 if bits >= 2 else 6 if bits >= 1.5 else 5}
 
 
 METHOD_OPTIONS = {

@@ -74,9 +74,9 @@ PRESETS = {
         for text in (
             *(f"{method}@1{gain}" for method in ("rtn", "gptq") for gain in ("", " gain=true")),
             *("mobie", "mobie gain=true", "rtn@2 gain=true", "gptq@2", "gptq@2 gain=true"),
-            *("gptvq@2 error_feedback=false", "gptvq@2", "gptvq@2 idre=true bcos=mean_variance", "kbvq@2", "bitsmoe@2"),
+            *("gptvq@2 error_feedback=false", "gptvq@2", "kbvq@2", "bitsmoe@2"),
             *(f"{method}{parts}" for method in ("arb", "billm") for parts in ("", " gain=true glas=true nges=true")),
-            *("gptq@3", "kbvq@3", "bitsmoe@3"),
+            *("gptq@3", "bitsmoe@3"),
         )
     ],
 }
