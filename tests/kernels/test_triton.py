@@ -33,6 +33,7 @@ from moebius.kernels.routed_experts import reference
 pytest.importorskip("triton")
 from moebius.kernels.routed_experts import triton as backend
 from moebius.kernels.routed_experts import triton_kernels
+from moebius.kernels.routed_experts.activations import ACTIVATIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's exp of large numbers is inf, as it should
 ROOT = Path(__file__).parents[2]

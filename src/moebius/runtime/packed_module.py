@@ -50,7 +50,7 @@ class Watched:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         # This is asked in every layer for every token: dictionaries are faster than walking through modules.
-        holders: list[dict[str, Any]] = [holder for m in modules for holder in (m._buffers, m._parameters)]
+        holders: list[Any] = [holder for m in modules for holder in (m._buffers, m._parameters)]
         named = [(holder, name, tensor) for holder in holders for name, tensor in holder.items() if tensor is not None]
         self._tensors = [(holder, name, tensor, _version(tensor)) for holder, name, tensor in named]
 

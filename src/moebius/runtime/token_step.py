@@ -29,7 +29,7 @@ ARCHITECTURES = ("olmoe", "qwen2_moe", "qwen3_moe", "mixtral")
 MOST_TEXTS = 8
 
 
-class _Unlike(Exception):
+class _UnlikeError(Exception):
     """A part of a model that the layers here do not have; says which."""
 
 
@@ -37,7 +37,7 @@ def token_step(model: PreTrainedModel) -> TokenStep | str:
     """The fast step of a model, or what keeps the model from it, in words."""
     try:
         return TokenStep(model)
-    except _Unlike as error:
+    except _UnlikeError as error:
         return str(error)
 
 
@@ -81,22 +81,23 @@ class TokenStep:
         cosines, sines = cosines.reshape(-1).contiguous(), sines.reshape(-1).contiguous()
         states = functional.embedding(tokens, self._embeddings.weight).float().contiguous()
         for layer, kept in zip(self._layers, cache.layers, strict=True):
-            layer.step(states, cosines, sines, *kept.grown())  # type: ignore[attr-defined]
+            assert isinstance(kept, RoomyLayer)
+            layer.step(states, cosines, sines, *kept.grown())
         return self._head(normalize(states, self._norm, self._epsilon))
 
 
 def _check_model(model: Any) -> None:
     if model.device.type != "cpu":
-        raise _Unlike(f"the model is on {model.device.type}, wanted cpu")
+        raise _UnlikeError(f"the model is on {model.device.type}, wanted cpu")
     kind = getattr(model.config, "model_type", None)
     if kind not in ARCHITECTURES or not type(model).__module__.startswith("transformers.models."):
-        raise _Unlike(f"the architecture is {kind}, wanted one of {', '.join(ARCHITECTURES)}")
+        raise _UnlikeError(f"the architecture is {kind}, wanted one of {', '.join(ARCHITECTURES)}")
     if model.config.hidden_act != "silu":
-        raise _Unlike(f"the activation is {model.config.hidden_act}, wanted silu")
+        raise _UnlikeError(f"the activation is {model.config.hidden_act}, wanted silu")
     if getattr(model.config, "clip_qkv", None) is not None:
-        raise _Unlike("queries and keys are clipped")
+        raise _UnlikeError("queries and keys are clipped")
     if (name := _hooked(model)) is not None:
-        raise _Unlike(f"{name or 'the model'} has hooks, which would not be called")
+        raise _UnlikeError(f"{name or 'the model'} has hooks, which would not be called")
 
 
 def _hooked(model: nn.Module) -> str | None:
@@ -119,10 +120,14 @@ def _layer(layer: Any, config: Any) -> DecoderLayer:
 
 
 def _attention(module: Any, config: Any) -> Attention:
-    norms = (getattr(module, name, None) for name in ("q_norm", "k_norm"))
+    query_norm, key_norm = getattr(module, "q_norm", None), getattr(module, "k_norm", None)
     return Attention(
-        *(_matrix(linear) for linear in (module.q_proj, module.k_proj, module.v_proj, module.o_proj)),
-        *(None if norm is None else norm.weight for norm in norms),
+        query=_matrix(module.q_proj),
+        key=_matrix(module.k_proj),
+        value=_matrix(module.v_proj),
+        output=_matrix(module.o_proj),
+        query_norm=None if query_norm is None else query_norm.weight,
+        key_norm=None if key_norm is None else key_norm.weight,
         heads=config.num_attention_heads,
         key_heads=config.num_key_value_heads,
         width=module.head_dim,
@@ -147,17 +152,17 @@ def _routed(module: Any) -> RoutedExperts:
 
 def _experts(module: Any) -> CpuExperts:
     if not isinstance(module, PackedExpertsMixin):
-        raise _Unlike(f"{type(module).__name__} is not packed")
+        raise _UnlikeError(f"{type(module).__name__} is not packed")
     layout = packed_layout(module)
     if layout.has_bias or not (layout.has_gate and layout.is_concatenated):
-        raise _Unlike(f"{type(module).__name__} has biases, no gate, or gates between ups")
+        raise _UnlikeError(f"{type(module).__name__} has biases, no gate, or gates between ups")
     ready = ready_experts(module)
     if not isinstance(ready.experts, CpuExperts):
-        raise _Unlike(f"{type(module).__name__} does not run on the cpu kernels")
+        raise _UnlikeError(f"{type(module).__name__} does not run on the cpu kernels")
     if ready.gate_up.bias is not None or ready.down.bias is not None:
-        raise _Unlike(f"{type(module).__name__} has biases")
+        raise _UnlikeError(f"{type(module).__name__} has biases")
     if ready.experts.compiled is None:
-        raise _Unlike(f"{type(module).__name__} has shared factors without a kernel")
+        raise _UnlikeError(f"{type(module).__name__} has shared factors without a kernel")
     return ready.experts
 
 
@@ -165,16 +170,17 @@ def _matrix(module: Any) -> Matrix:
     if isinstance(module, PackedLinearMixin):
         ready = ready_linear(module)
         if not isinstance(ready, CpuLinear):
-            raise _Unlike(f"{type(module).__name__} does not run on the cpu kernels")
-        return Matrix(ready, module.bias)
+            raise _UnlikeError(f"{type(module).__name__} does not run on the cpu kernels")
+        bias: Any = module.bias
+        return Matrix(ready, bias)
     if type(module).forward is not nn.Linear.forward:
-        raise _Unlike(f"got {type(module).__name__}, wanted a linear layer")
+        raise _UnlikeError(f"got {type(module).__name__}, wanted a linear layer")
     return _dense(module.weight, module.bias)
 
 
 def _dense(weight: Any, bias: Tensor | None = None) -> Matrix:
     if not isinstance(weight, nn.Parameter):
-        raise _Unlike("a router is packed")
+        raise _UnlikeError("a router is packed")
     if weight.dtype not in (torch.float32, torch.bfloat16) or not weight.is_contiguous():
-        raise _Unlike(f"a matrix is {weight.dtype}, wanted contiguous float32 or bfloat16")
+        raise _UnlikeError(f"a matrix is {weight.dtype}, wanted contiguous float32 or bfloat16")
     return Matrix(weight.detach(), bias)

@@ -173,7 +173,11 @@ class CpuExperts:
         return few and self.compiled is not None and recognize(activation, self.channels) == ("silu", True)
 
     def _whole(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        inputs, chosen, weights = hidden.float().contiguous(), top_k_index.long().contiguous(), top_k_weights.float().contiguous()
+        inputs, chosen, weights = (
+            hidden.float().contiguous(),
+            top_k_index.long().contiguous(),
+            top_k_weights.float().contiguous(),
+        )
         outputs = torch.empty_like(inputs)
         addresses = inputs.data_ptr(), chosen.data_ptr(), weights.data_ptr(), *chosen.shape, outputs.data_ptr()
         self.compiled.apply(*addresses, _level, torch.get_num_threads())

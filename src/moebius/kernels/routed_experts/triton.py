@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from moebius.errors import ShapeError
 from moebius.formats import Packed, PackedProjection
@@ -100,7 +101,7 @@ def refusal(gate_up: PackedProjection, down: PackedProjection, activation: Calla
     """What keeps :func:`routed_experts` from running a layer, in words; None if nothing does.
 
     It runs experts of sign planes: ``gate_up`` of input directions, ``down`` of output directions, or either of plain signs;
-    shared factors of integers whose rows have one scale each; and the :data:`~moebius.kernels.routed_experts.activations.ACTIVATIONS`, applied to the first
+    shared factors of integers whose rows have one scale each; and the activations in :data:`ACTIVATIONS`, applied to the first
     half of the channels and multiplied with the second, or to all channels.
     """
     for name, projection, side in (("gate_up", gate_up, "input"), ("down", down, "output")):
