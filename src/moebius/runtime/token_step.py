@@ -15,7 +15,16 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import output_capturing
 
-from moebius.kernels.decoder_layer import Attention, DecoderLayer, GatedMlp, Matrix, RoutedExperts, SharedExpert, normalize
+from moebius.kernels.decoder_layer import (
+    DTYPES,
+    Attention,
+    DecoderLayer,
+    GatedMlp,
+    Matrix,
+    RoutedExperts,
+    SharedExpert,
+    normalize,
+)
 from moebius.kernels.packed_linear.cpu import CpuLinear
 from moebius.kernels.routed_experts.cpu import CpuExperts
 from moebius.runtime.cache import RoomyLayer
@@ -104,7 +113,7 @@ def _hooked(model: nn.Module) -> str | None:
     """The first module that somebody watches or whose forward was replaced; transformers' own hooks sleep here."""
     for name, module in model.named_modules():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if "forward" in vars(module) or any(hook.__module__ != output_capturing.__name__ for hook in hooks):
+        if "forward" in vars(module) or any(getattr(hook, "__module__", None) != output_capturing.__name__ for hook in hooks):
             return name
     return None
 
@@ -181,6 +190,6 @@ def _matrix(module: Any) -> Matrix:
 def _dense(weight: Any, bias: Tensor | None = None) -> Matrix:
     if not isinstance(weight, nn.Parameter):
         raise _UnlikeError("a router is packed")
-    if weight.dtype not in (torch.float32, torch.bfloat16) or not weight.is_contiguous():
+    if weight.dtype not in DTYPES or not weight.is_contiguous():
         raise _UnlikeError(f"a matrix is {weight.dtype}, wanted contiguous float32 or bfloat16")
     return Matrix(weight.detach(), bias)

@@ -2,11 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <numeric>
 
 #include "buffers.h"
 #include "dense.h"
+#include "linear_portable.h"
 #include "threads.h"
 
 namespace moebius {
@@ -33,18 +33,11 @@ void add(const float* from, size_t count, float* to) {
   for (size_t i = 0; i < count; ++i) to[i] += from[i];
 }
 
-uint16_t rounded_bf16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  if (value != value) return static_cast<uint16_t>(bits >> 16 | 64);
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
 // One vector of a cache.
 void store(const CachePart& part, bool bf16, int text, int head, int token, int width, const float* values) {
   const int64_t at = text * part.text_stride + head * part.head_stride + int64_t{token} * width;
   if (bf16)
-    std::transform(values, values + width, static_cast<uint16_t*>(part.at) + at, rounded_bf16);
+    std::transform(values, values + width, static_cast<uint16_t*>(part.at) + at, portable_rounded);
   else
     std::copy_n(values, width, static_cast<float*>(part.at) + at);
 }
