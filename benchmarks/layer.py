@@ -55,8 +55,10 @@ def measure(text: str, experts: int, hidden: int, inner: int, threads: int) -> d
 
     from moebius.cli.options import recipe_from_text
     from moebius.methods import METHODS
+    from moebius.pipeline.memory import WHILE_QUANTIZING, keep_freed_memory
 
     torch.set_num_threads(threads)
+    keep_freed_memory(WHILE_QUANTIZING)  # as the command line does
     recipe = recipe_from_text(text)
     method = METHODS[recipe.method]
     seconds: dict[str, float] = {}

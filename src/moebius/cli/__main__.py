@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from moebius.cli.app import app
+from moebius.pipeline.memory import keep_freed_memory
 
 
 def main() -> None:
     """Run the command line."""
+    keep_freed_memory()
     app(prog_name="moebius")
 
 

@@ -148,10 +148,12 @@ def compare(
 
     from moebius.cli.comparison_run import Comparison, WorkFolder, folder_name, run_comparison
     from moebius.evaluate.samples import PROMPTS
+    from moebius.pipeline.memory import WHILE_QUANTIZING, keep_freed_memory
 
     require_device(device)
     comparison = Comparison(source, candidates, held_out, PROMPTS[:samples], device, settings if preset in MATCHED else None)
     work = WorkFolder(out, {"source": source, **comparison.to_dict()})
+    keep_freed_memory(WHILE_QUANTIZING)
     with progress_bars(hidden=quiet) as progress:
         comparison, rows = run_comparison(comparison, work, progress)
     comment = (

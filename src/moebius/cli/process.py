@@ -9,6 +9,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from moebius.errors import MoebiusError, ResourceError
+from moebius.pipeline.memory import keep_freed_memory
 from moebius.progress import Progress
 
 
@@ -67,6 +68,7 @@ class _Sender:
 
 
 def _run(pipe: Connection, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    keep_freed_memory()
     try:
         pipe.send(("result", work(*arguments, _Sender(pipe))))
     except KeyboardInterrupt:

@@ -85,9 +85,11 @@ def quantize(
     from moebius.cli.loading import quiet_transformers
     from moebius.evaluate.size import packed_checkpoint_size
     from moebius.pipeline import quantize_model
+    from moebius.pipeline.memory import WHILE_QUANTIZING, keep_freed_memory
 
     require_device(device)
     quiet_transformers()
+    keep_freed_memory(WHILE_QUANTIZING)
     with progress_bars(hidden=quiet) as progress:
         report = quantize_model(source, folder, recipe, settings, device=device, progress=progress)
     size = packed_checkpoint_size(folder)

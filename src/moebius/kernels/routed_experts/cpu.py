@@ -37,8 +37,6 @@ except ImportError as error:  # installed where there was no C++ compiler
 #: Tokens up to which reading bits for each token is faster than unpacking them once for PyTorch: of an expert, and of a shared
 #: factor.
 _FEW_TOKENS, _FEW_STATES = 8, 8
-#: Routed tokens that go through both projections at once.
-_SLOTS_AT_ONCE = 512
 
 _scratch = threading.local()
 _level: Any = _cpu and _cpu.level(_cpu.levels()[0])
@@ -155,7 +153,8 @@ class CpuExperts:
         if few is None:
             summed = inputs.new_zeros(tokens, self.down.rows)
         else:
-            states = self._few(inputs, few, top_k, activation, gate_up_bias, dtype)
+            states = self._between(self.gate_up.packed(inputs, few, top_k), few, activation, gate_up_bias, dtype)
+            states = self.down.packed(states, few)
             summed = torch.bmm(weights.unsqueeze(1), states.view(tokens, top_k, self.down.rows)).squeeze(1)
         for expert, mine in many:  # each from end to end: what it computes stays in the cache
             members = mine // top_k
@@ -169,8 +168,8 @@ class CpuExperts:
         return result.to(hidden.dtype)
 
     def _in_one_call(self, slots: int, activation: Callable[[Tensor], Tensor]) -> bool:
-        few = slots <= (_SLOTS_AT_ONCE if _level.tiles else min(_FEW_TOKENS, _FEW_STATES))
-        return few and self.compiled is not None and recognize(activation, self.channels) == ("silu", True)
+        few = slots <= min(_FEW_TOKENS, _FEW_STATES)
+        return (few or _level.tiles) and self.compiled is not None and recognize(activation, self.channels) == ("silu", True)
 
     def _whole(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         inputs, chosen, weights = (
@@ -182,27 +181,6 @@ class CpuExperts:
         addresses = inputs.data_ptr(), chosen.data_ptr(), weights.data_ptr(), *chosen.shape, outputs.data_ptr()
         self.compiled.apply(*addresses, _level, torch.get_num_threads())
         return outputs.to(hidden.dtype)
-
-    def _few(
-        self,
-        inputs: Tensor,
-        slots: Tensor,
-        top_k: int,
-        activation: Callable[[Tensor], Tensor],
-        bias: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """Outputs of all slots before the left factor, (n, rows of ``down``)."""
-        if len(slots) <= _SLOTS_AT_ONCE:
-            return self.down.packed(
-                self._between(self.gate_up.packed(inputs, slots, top_k), slots, activation, bias, dtype), slots
-            )
-        states = torch.empty(len(slots), self.down.rows)
-        for mine in _parts(slots):  # from end to end, so that what they compute stays in the cache
-            chosen = slots[mine]
-            between = self.gate_up.gathered(inputs, chosen, mine // top_k)
-            self.down.scattered(self._between(between, chosen, activation, bias, dtype), chosen, mine, states)
-        return states
 
     def _between(
         self, states: Tensor, slots: Tensor, activation: Callable[[Tensor], Tensor], bias: Tensor | None, dtype: torch.dtype
@@ -218,17 +196,6 @@ class CpuExperts:
         if kernel is None:
             return states
         return kernel.packed(states) if kernel.has_tiles() or len(states) <= _FEW_STATES else kernel.dense(0, states, dtype)
-
-
-def _parts(slots: Tensor) -> list[Tensor]:
-    """All slots, those of the same expert together, in parts that whole experts make up as far as they are small."""
-    ranked, order = slots.sort(stable=True)
-    ends = (ranked.diff() != 0).nonzero()[:, 0] + 1  # of all experts but the last
-    cuts = [0]
-    for end, after in zip(ends.tolist(), [*ends.tolist()[1:], len(slots)], strict=True):
-        if after - cuts[-1] > _SLOTS_AT_ONCE:
-            cuts.append(end)
-    return [order[begin:end] for begin, end in zip(cuts, [*cuts[1:], len(slots)], strict=True)]
 
 
 def _by_count(slots: Tensor, experts: int) -> tuple[Tensor | None, list[tuple[int, Tensor]]]:
@@ -276,32 +243,10 @@ class _Kernel(ABC):
         """
         inputs = inputs.contiguous()
         outputs = torch.empty(len(inputs) * slots_per_input, self.rows)
-        self._apply(inputs, outputs, slots, None, None, len(outputs), slots_per_input)
-        return outputs
-
-    def gathered(self, inputs: Tensor, slots: Tensor, rows: Tensor) -> Tensor:
-        """Row ``i`` is the matrix ``slots[i]`` times row ``rows[i]`` of the inputs. Both are int64 (n,)."""
-        inputs, outputs = inputs.contiguous(), torch.empty(len(slots), self.rows)
-        self._apply(inputs, outputs, slots, rows, None, len(slots), 1)
-        return outputs
-
-    def scattered(self, inputs: Tensor, slots: Tensor, rows: Tensor, outputs: Tensor) -> None:
-        """Row ``rows[i]`` of the outputs becomes the matrix ``slots[i]`` times row ``i`` of the inputs."""
-        self._apply(inputs.contiguous(), outputs, slots, None, rows, len(slots), 1)
-
-    def _apply(
-        self,
-        inputs: Tensor,
-        outputs: Tensor,
-        slots: Tensor | None,
-        from_rows: Tensor | None,
-        to_rows: Tensor | None,
-        count: int,
-        slots_per_input: int,
-    ) -> None:
-        routes = (0 if index is None else index.data_ptr() for index in (slots, from_rows, to_rows))
+        route = 0 if slots is None else slots.data_ptr()
         threads = torch.get_num_threads()
-        self.factor.apply(inputs.data_ptr(), outputs.data_ptr(), *routes, count, slots_per_input, _level, threads)
+        self.factor.apply(inputs.data_ptr(), outputs.data_ptr(), route, len(outputs), slots_per_input, _level, threads)
+        return outputs
 
     @abstractmethod
     def dense(self, matrix: int, inputs: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,9 +14,11 @@ namespace {
 
 constexpr int kDenseRowsPerTask = 32;
 constexpr int kUnitsPerTask = 1024;  // of an activation
+constexpr int kSlotsAtOnce = 512;    // that go through both projections together: what they compute stays in the cache
+constexpr int kColumnsPerTask = 256, kFewSlots = 64;  // of a sum over experts, and slots that one thread adds up faster alone
 
 // Places of kept() in this file.
-enum Place { kNormed = 100, kQueries, kKeys, kValues, kAttended, kOutputs, kLogits, kWeights, kShared, kGates, kBetween, kSummed, kScores };
+enum Place { kNormed = 100, kQueries, kKeys, kValues, kAttended, kOutputs, kLogits, kWeights, kShared, kLeft, kRight, kGates, kBetween, kSummed, kScores };
 
 const DenseLevel& dense_of(const Level& level) {
   if (&level == avx512_level()) return *avx512_dense();
@@ -167,8 +169,20 @@ template <int kPlace>
 const float* through(const Factor* factor, const float* inputs, int count, const Level& level, int threads) {
   if (!factor) return inputs;
   float* const outputs = room<kPlace>(static_cast<size_t>(count) * factor->rows);
-  factor->apply(inputs, outputs, {nullptr, count, 1, nullptr, nullptr}, level, threads);
+  factor->apply(inputs, outputs, {nullptr, count, 1, nullptr}, level, threads);
   return outputs;
+}
+
+// Where a part of the slots ends that begins at `begin`: with a matrix, if one ends before there are too many.
+int end_of_part(const int64_t* matrices, int begin, int slots) {
+  if (slots <= kSlotsAtOnce) return slots;
+  int last = begin;
+  for (int i = begin + 1; i <= slots; ++i)
+    if (i == slots || matrices[i] != matrices[i - 1]) {
+      if (last > begin && i - begin > kSlotsAtOnce) return last;
+      last = i;
+    }
+  return last;
 }
 
 void add_routed(const RoutedExperts& r, const float* inputs, float* states, int count, int hidden, const Level& level, int threads) {
@@ -222,23 +236,45 @@ void normalize(const float* inputs, const float* weight, float epsilon, int coun
 
 void Experts::apply(const float* inputs, const int64_t* chosen, const float* weights, int count, int top_k, float* outputs,
                     const Level& level, int threads) const {
-  const int slots = count * top_k, units = down_right ? down_right->columns : down->columns;
   const float* shared = through<kShared>(gate_up_right, inputs, count, level, threads);
-  float* const first = room<kGates>(static_cast<size_t>(slots) * gate_up->rows);
-  gate_up->apply(shared, first, {chosen, slots, top_k, nullptr, nullptr}, level, threads);
-  const float* both = through<kShared>(gate_up_left, first, slots, level, threads);
-  float* const between = room<kBetween>(static_cast<size_t>(slots) * units);
-  activate(both, both + units, 2 * units, slots, units, between, level, threads);
-  const float* right = through<kShared>(down_right, between, slots, level, threads);
-  float* const second = room<kGates>(static_cast<size_t>(slots) * down->rows);
-  down->apply(right, second, {chosen, slots, 1, nullptr, nullptr}, level, threads);
-
   float* const summed = down_left ? room<kSummed>(static_cast<size_t>(count) * down->rows) : outputs;
   std::fill_n(summed, static_cast<size_t>(count) * down->rows, 0.0f);
-  for (int slot = 0; slot < slots; ++slot)
-    dense_of(level).add_floats(second + static_cast<size_t>(slot) * down->rows, weights[slot], down->rows,
-                               summed + static_cast<size_t>(slot / top_k) * down->rows);
-  if (down_left) down_left->apply(summed, outputs, {nullptr, count, 1, nullptr, nullptr}, level, threads);
+
+  const int slots = count * top_k;
+  auto& order = kept<int, kSummed>(slots);
+  std::iota(order.begin(), order.begin() + slots, 0);
+  if (slots > kSlotsAtOnce)
+    std::stable_sort(order.begin(), order.begin() + slots, [&](int a, int b) { return chosen[a] < chosen[b]; });
+  auto& matrices = kept<int64_t, kSummed>(slots);
+  auto& tokens = kept<int64_t, kShared>(slots);
+  auto& factors = kept<float, kScores>(slots);
+  for (int i = 0; i < slots; ++i) matrices[i] = chosen[order[i]], tokens[i] = order[i] / top_k, factors[i] = weights[order[i]];
+  for (int begin = 0, end; begin < slots; begin = end) {
+    end = end_of_part(matrices.data(), begin, slots);
+    add_slots(shared, matrices.data() + begin, tokens.data() + begin, factors.data() + begin, end - begin, summed, level, threads);
+  }
+  if (down_left) down_left->apply(summed, outputs, {nullptr, count, 1, nullptr}, level, threads);
+}
+
+void Experts::add_slots(const float* shared, const int64_t* matrices, const int64_t* tokens, const float* factors, int slots,
+                        float* summed, const Level& level, int threads) const {
+  const int units = down_right ? down_right->columns : down->columns;
+  float* const first = room<kGates>(static_cast<size_t>(slots) * gate_up->rows);
+  gate_up->apply(shared, first, {matrices, slots, 1, tokens}, level, threads);
+  const float* both = through<kLeft>(gate_up_left, first, slots, level, threads);
+  float* const between = room<kBetween>(static_cast<size_t>(slots) * units);
+  activate(both, both + units, 2 * units, slots, units, between, level, threads);
+  const float* right = through<kRight>(down_right, between, slots, level, threads);
+  float* const second = room<kGates>(static_cast<size_t>(slots) * down->rows);
+  down->apply(right, second, {matrices, slots, 1, nullptr}, level, threads);
+
+  // Every thread has columns of its own: tokens meet their experts in the same order for any number of threads.
+  const int width = down->rows, columns = slots < kFewSlots ? width : kColumnsPerTask;
+  for_each((width + columns - 1) / columns, threads, [&](int task) {
+    const int from = task * columns, several = std::min(columns, width - from);
+    for (int i = 0; i < slots; ++i)
+      dense_of(level).add_floats(second + static_cast<size_t>(i) * width + from, factors[i], several, summed + tokens[i] * width + from);
+  });
 }
 
 DecoderLayer::DecoderLayer(const float* attention_norm, const Attention& attention, const float* mlp_norm, float epsilon)

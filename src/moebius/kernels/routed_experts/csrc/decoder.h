@@ -46,6 +46,11 @@ struct Experts {
   // inputs: (count, hidden), chosen and weights: (count, top_k), outputs: (count, hidden). What is no expert adds nothing.
   void apply(const float* inputs, const int64_t* chosen, const float* weights, int count, int top_k, float* outputs,
              const Level& level, int threads) const;
+
+ private:
+  // Onto sums of tokens: some slots, each with a matrix, the token it belongs to, and what its expert counts for that.
+  void add_slots(const float* shared, const int64_t* matrices, const int64_t* tokens, const float* factors, int slots, float* summed,
+                 const Level& level, int threads) const;
 };
 
 struct RoutedExperts {

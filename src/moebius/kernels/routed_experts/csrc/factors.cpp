@@ -219,11 +219,11 @@ class Planes : public Factor {
   }
 
   // Scales of directions [first, first + count) times `from`.
-  void scale_directions(int e, const float* from, int first, int count, float* out) const {
+  void scale_directions(int e, const float* from, int first, int count, const Level& level, float* out) const {
     const float* scales = direction_scales(e);
     for (int planes = t_.planes; planes > 0; --planes) {
       const int begin = std::max(first, width(e, planes)), end = std::min(first + count, width(e, planes - 1));
-      for (int k = begin; k < end; ++k) out[k - first] = from[k - first] * scales[k] * kUnits[planes];
+      if (begin < end) level.multiply(from + begin - first, scales + begin, end - begin, kUnits[planes], out + begin - first);
     }
   }
 
@@ -238,8 +238,12 @@ class PlanesInput final : public Planes {
   explicit PlanesInput(const PlanesTensors& t) : Planes(t, t.entries, t.directions) {}
 
   Shape tile_shape(int e) const override { return {width(e, 0), t_.entries, true, kTileCentre}; }
-  void scale_inputs(int e, const float* from, float* out) const override { scale_directions(e, from, 0, width(e, 0), out); }
-  void output_scales(int e, int first, int count, float* out) const override { std::copy_n(entry_scales(e) + first, count, out); }
+  void scale_inputs(int e, const float* from, const Level& level, float* out) const override {
+    scale_directions(e, from, 0, width(e, 0), level, out);
+  }
+  void output_scales(int e, int first, int count, const Level&, float* out) const override {
+    std::copy_n(entry_scales(e) + first, count, out);
+  }
 
  protected:
   void apply(const std::vector<Slot>& slots, const Level& level, int threads) const override {
@@ -287,12 +291,12 @@ class PlanesOutput final : public Planes {
   explicit PlanesOutput(const PlanesTensors& t) : Planes(t, t.directions, t.entries) {}
 
   Shape tile_shape(int e) const override { return {t_.entries, width(e, 0), false, kTileCentre}; }
-  void scale_inputs(int e, const float* from, float* out) const override {
-    for (int j = 0; j < t_.entries; ++j) out[j] = from[j] * entry_scales(e)[j];
+  void scale_inputs(int e, const float* from, const Level& level, float* out) const override {
+    level.multiply(from, entry_scales(e), t_.entries, 1, out);
   }
-  void output_scales(int e, int first, int count, float* out) const override {
+  void output_scales(int e, int first, int count, const Level& level, float* out) const override {
     std::fill_n(out, count, 1.0f);
-    scale_directions(e, out, first, count, out);
+    scale_directions(e, out, first, count, level, out);
   }
 
  protected:
@@ -351,16 +355,16 @@ class Signs final : public Factor {
     return {t_.salient ? salient_begin() + t_.salient : t_.columns, t_.rows, false, kTileCentre};
   }
 
-  void scale_inputs(int matrix, const float* from, float* out) const override {
+  void scale_inputs(int matrix, const float* from, const Level& level, float* out) const override {
     const size_t e = matrix;
-    for (int j = 0; j < t_.columns; ++j) out[j] = from[j] * t_.column_scales[e * t_.columns + j];
+    level.multiply(from, t_.column_scales + e * t_.columns, t_.columns, 1, out);
     if (!t_.salient) return;
     std::fill(out + t_.columns, out + salient_begin(), 0.0f);
     const int32_t* picked = t_.picked + e * t_.salient;
     for (int j = 0; j < t_.salient; ++j) out[salient_begin() + j] = from[picked[j]] * t_.salient_scales[e * t_.salient + j];
   }
 
-  void output_scales(int e, int first, int count, float* out) const override {
+  void output_scales(int e, int first, int count, const Level&, float* out) const override {
     std::copy_n(t_.row_scales + static_cast<size_t>(e) * t_.rows + first, count, out);
   }
 
@@ -505,8 +509,8 @@ class CodesInput final : public CodeRows {
   explicit CodesInput(const CodesTensors& t) : CodeRows(t, t.directions, t.entries) {}
 
   Shape tile_shape(int) const override { return {t_.entries, t_.directions, false, kCodesCentre}; }
-  void scale_inputs(int, const float* from, float* out) const override { std::copy_n(from, t_.entries, out); }
-  void output_scales(int, int first, int count, float* out) const override { std::copy_n(t_.scales + first, count, out); }
+  void scale_inputs(int, const float* from, const Level&, float* out) const override { std::copy_n(from, t_.entries, out); }
+  void output_scales(int, int first, int count, const Level&, float* out) const override { std::copy_n(t_.scales + first, count, out); }
 
  protected:
   void apply(const std::vector<Slot>& slots, const Level& level, int threads) const override {
@@ -533,10 +537,10 @@ class CodesOutput final : public CodeRows {
   explicit CodesOutput(const CodesTensors& t) : CodeRows(t, t.entries, t.directions) {}
 
   Shape tile_shape(int) const override { return {t_.directions, t_.entries, true, kCodesCentre}; }
-  void scale_inputs(int, const float* from, float* out) const override {
-    for (int k = 0; k < t_.directions; ++k) out[k] = from[k] * t_.scales[k];
+  void scale_inputs(int, const float* from, const Level& level, float* out) const override {
+    level.multiply(from, t_.scales, t_.directions, 1, out);
   }
-  void output_scales(int, int, int count, float* out) const override { std::fill_n(out, count, 1.0f); }
+  void output_scales(int, int, int count, const Level&, float* out) const override { std::fill_n(out, count, 1.0f); }
 
  protected:
   void apply(const std::vector<Slot>& slots, const Level& level, int threads) const override {
@@ -594,7 +598,7 @@ void Factor::apply(const float* inputs, float* outputs, const Routes& routes, co
   slots.reserve(routes.rows);
   for (int row = 0; row < routes.rows; ++row) {
     const int64_t matrix = routes.matrices ? routes.matrices[row] : 0;
-    float* output = outputs + (routes.outputs ? routes.outputs[row] : row) * static_cast<int64_t>(rows);
+    float* output = outputs + static_cast<int64_t>(row) * rows;
     if (matrix < 0 || matrix >= batch) {
       std::fill_n(output, rows, 0.0f);
       continue;
@@ -612,7 +616,7 @@ void Factor::apply(const float* inputs, float* outputs, const Routes& routes, co
       else many.push_back({slots[i].matrix, slots[i].input, slots[i].output});
     }
   if (!few.empty()) apply(few, level, threads);
-  if (!many.empty()) multiply_tiles(*this, many, rows, *level.tiles, threads);
+  if (!many.empty()) multiply_tiles(*this, many, rows, level, threads);
 }
 
 int Factor::unpack(int matrix, uint16_t* out, const Level& level, int threads) const {

@@ -14,9 +14,8 @@ namespace moebius {
 struct Routes {
   const int64_t* matrices;  // null: the first matrix for every row; anything that is no matrix: zeros
   int rows;
-  int inputs_per;          // output rows for one input row
-  const int64_t* inputs;   // the row of the inputs for each row; null: row / inputs_per
-  const int64_t* outputs;  // the row of the outputs for each row; null: row
+  int inputs_per;         // output rows for one input row
+  const int64_t* inputs;  // the row of the inputs for each row; null: row / inputs_per
 };
 
 class Factor : public TileSource {

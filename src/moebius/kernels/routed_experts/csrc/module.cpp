@@ -47,10 +47,10 @@ const Level& level_of(const std::string& name) {
   throw std::invalid_argument("no level " + name + " on this processor");
 }
 
-void apply(const Factor& factor, uintptr_t inputs, uintptr_t outputs, uintptr_t matrices, uintptr_t input_rows,
-           uintptr_t output_rows, int rows, int inputs_per, const Level& level, int threads) {
+void apply(const Factor& factor, uintptr_t inputs, uintptr_t outputs, uintptr_t matrices, int rows, int inputs_per,
+           const Level& level, int threads) {
   nb::gil_scoped_release unlocked;
-  const Routes routes{at<const int64_t>(matrices), rows, inputs_per, at<const int64_t>(input_rows), at<const int64_t>(output_rows)};
+  const Routes routes{at<const int64_t>(matrices), rows, inputs_per, nullptr};
   factor.apply(at<const float>(inputs), at<float>(outputs), routes, level, threads);
 }
 

@@ -38,22 +38,23 @@ std::vector<Batch> batches_of(const std::vector<TileSlot>& slots) {
   return batches;
 }
 
-void round_slot(const TileSource& source, const TileSlot& slot, const Rounded& all, int i, const TileLoops& loops) {
+void round_slot(const TileSource& source, const TileSlot& slot, const Rounded& all, int i, const Level& level) {
   const TileSource::Shape shape = source.tile_shape(slot.matrix);
   const int blocks = blocks_of(shape.inputs, kTileInputs);
   auto& floats = kept<float>(blocks * kTileInputs);
-  source.scale_inputs(slot.matrix, slot.input, floats.data());
+  source.scale_inputs(slot.matrix, slot.input, level, floats.data());
   std::fill_n(floats.begin() + shape.inputs, blocks * kTileInputs - shape.inputs, 0.0f);
   for (int b = 0; b < blocks; ++b) {
     const size_t at = all.place(b, i);
-    const int total = loops.round(floats.data() + b * kTileInputs, all.values + at * kTileInputs, all.steps + at);
+    const int total = level.tiles->round(floats.data() + b * kTileInputs, all.values + at * kTileInputs, all.steps + at);
     all.corrections[at] = shape.centre * static_cast<float>(total);
   }
 }
 
 // kTileOutputs outputs of one batch.
 void multiply_panel(const TileSource& source, const std::vector<TileSlot>& slots, const Batch& batch, const Rounded& rounded,
-                    int first, int rows, const TileLoops& loops) {
+                    int first, int rows, const Level& level) {
+  const TileLoops& loops = *level.tiles;
   alignas(64) uint8_t bytes[kTileInputs * kTileOutputs], tile[kTileInputs * kTileOutputs];
   const int matrix = slots[batch.begin].matrix, count = batch.end - batch.begin;
   const TileSource::Shape shape = source.tile_shape(matrix);
@@ -73,18 +74,17 @@ void multiply_panel(const TileSource& source, const std::vector<TileSlot>& slots
     loops.multiply(tile, rounded.values + at * kTileInputs, rounded.steps + at, rounded.corrections + at, count, sums.data());
   }
   std::array<float, kTileOutputs> scales{};
-  source.output_scales(matrix, first, outputs, scales.data());
+  source.output_scales(matrix, first, outputs, level, scales.data());
   for (int i = 0; i < count; ++i) {
     float* output = slots[batch.begin + i].output + first;
-    const float* sum = sums.data() + static_cast<size_t>(i) * kTileOutputs;
-    for (int n = 0; n < outputs; ++n) output[n] = sum[n] * scales[n];
+    level.multiply(sums.data() + static_cast<size_t>(i) * kTileOutputs, scales.data(), outputs, 1, output);
     std::fill(output + outputs, output + wanted, 0.0f);
   }
 }
 
 }  // namespace
 
-void multiply_tiles(const TileSource& source, const std::vector<TileSlot>& slots, int rows, const TileLoops& loops, int threads) {
+void multiply_tiles(const TileSource& source, const std::vector<TileSlot>& slots, int rows, const Level& level, int threads) {
   const int count = static_cast<int>(slots.size());
   const std::vector<Batch> batches = batches_of(slots);
   int widest = 0;
@@ -95,11 +95,11 @@ void multiply_tiles(const TileSource& source, const std::vector<TileSlot>& slots
   const Rounded rounded{kept<int8_t>(steps * kTileInputs).data(), floats.data(), floats.data() + steps, count};
   for_each(blocks_of(count, kSlotsPerRounding), threads, [&](int task) {
     const int begin = task * kSlotsPerRounding, end = std::min(count, begin + kSlotsPerRounding);
-    for (int i = begin; i < end; ++i) round_slot(source, slots[i], rounded, i, loops);
+    for (int i = begin; i < end; ++i) round_slot(source, slots[i], rounded, i, level);
   });
   const int panels = blocks_of(rows, kTileOutputs);
   for_each(static_cast<int>(batches.size()) * panels, threads, [&](int task) {
-    multiply_panel(source, slots, batches[task / panels], rounded, task % panels * kTileOutputs, rows, loops);
+    multiply_panel(source, slots, batches[task / panels], rounded, task % panels * kTileOutputs, rows, level);
   });
 }
 

@@ -52,9 +52,9 @@ class TileSource {
   virtual int few_slots() const { return 2; }
   virtual Shape tile_shape(int matrix) const = 0;
   // The inputs times their scales, `inputs` of them.
-  virtual void scale_inputs(int matrix, const float* from, float* out) const = 0;
+  virtual void scale_inputs(int matrix, const float* from, const Level& level, float* out) const = 0;
   // Scales of outputs [first, first + count).
-  virtual void output_scales(int matrix, int first, int count, float* out) const = 0;
+  virtual void output_scales(int matrix, int first, int count, const Level& level, float* out) const = 0;
   // Rows [row, row + rows), bytes [first, first + width) of each, `stride` apart. Up to the next multiple of 64, anything.
   virtual void tile_rows(int matrix, int row, int rows, int first, int width, const TileLoops& loops, uint8_t* out,
                          size_t stride) const = 0;
@@ -66,7 +66,8 @@ struct TileSlot {
   float* output;
 };
 
-// outputs = matrix · input for all slots; slots of the same matrix follow each other. Outputs have `rows` elements.
-void multiply_tiles(const TileSource& source, const std::vector<TileSlot>& slots, int rows, const TileLoops& loops, int threads);
+// outputs = matrix · input for all slots; slots of the same matrix follow each other. Outputs have `rows` elements. The level has
+// tiles.
+void multiply_tiles(const TileSource& source, const std::vector<TileSlot>& slots, int rows, const Level& level, int threads);
 
 }  // namespace moebius
