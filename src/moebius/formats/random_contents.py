@@ -15,6 +15,7 @@ from moebius.formats.spectral import Spectral
 
 _SCALE = 0.05
 _GRID = (math.log(_SCALE), 0.02)  # first logarithm and step, see :mod:`moebius.formats.logarithmic`
+_GRID_OF_INTEGERS = (math.log(_SCALE / 128), 0.0025)  # of up to 8 bits, and so are the codes of their scales
 
 
 def random_projection(blank: PackedProjection, generator: Generator) -> PackedProjection:
@@ -46,7 +47,8 @@ def _contents(blank: Packed, name: str, tensor: Tensor, generator: Generator) ->
     if tensor.dtype == torch.uint8:
         return torch.empty(tensor.shape, dtype=torch.uint8).random_(0, 256, generator=generator)
     if name.endswith(("grid", "grids")):
-        return torch.tensor(_GRID, dtype=tensor.dtype).repeat(*tensor.shape[:-1], 1)
+        grid = _GRID_OF_INTEGERS if name == "scale_grid" else _GRID
+        return torch.tensor(grid, dtype=tensor.dtype).repeat(*tensor.shape[:-1], 1)
     if "scale" in name:  # of a level, where there are many of them
         return torch.full(tensor.shape, 2 * _SCALE / 2 ** blank.spec().get("bits", 1), dtype=tensor.dtype)
     return torch.randn(tensor.shape, generator=generator).mul_(_SCALE).to(tensor.dtype)

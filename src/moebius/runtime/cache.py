@@ -24,20 +24,25 @@ class RoomyLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append (batch, heads, new, width) states; returns all there are, (batch, heads, length, width)."""
-        if self.keys is None or self.values is None or self.keys.numel() == 0:
+        if self.keys is None or self.values is None or self.is_empty():
             return super().update(key_states, value_states)
         self.keys = self._appended("keys", self.keys, key_states)
         self.values = self._appended("values", self.values, value_states)
         return self.keys, self.values
 
-    def can_grow(self, texts: int) -> bool:
-        """Whether :meth:`grown` has something to go on from: so many texts."""
-        return self.keys is not None and self.values is not None and self.keys.numel() > 0 and len(self.keys) == texts
+    def is_empty(self) -> bool:
+        """Whether there is no token yet."""
+        return self.keys is None or self.values is None or self.keys.numel() == 0
 
-    def grown(self) -> tuple[Tensor, Tensor]:
-        """Keys and values with place for one more token, whose contents are the caller's to write."""
+    def begin(self, nothing: Tensor) -> None:
+        """Hold no token yet, of the texts, heads, width and dtype of a tensor (texts, heads, 0, width)."""
+        self.lazy_initialization(nothing, nothing)
+        self.keys = self.values = nothing
+
+    def grown(self, count: int) -> tuple[Tensor, Tensor]:
+        """Keys and values with place for so many more tokens, whose contents are the caller's to write."""
         assert self.keys is not None and self.values is not None
-        self.keys, self.values = self._longer("keys", self.keys, 1), self._longer("values", self.values, 1)
+        self.keys, self.values = self._longer("keys", self.keys, count), self._longer("values", self.values, count)
         return self.keys, self.values
 
     def _appended(self, name: str, held: Tensor, more: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from moebius.runtime.attention import use_single_query_attention
 from moebius.runtime.cache import can_go_on, make_room
-from moebius.runtime.token_step import TokenStep, token_step
+from moebius.runtime.direct import DirectForward, direct_forward
 
 
 class Session:
@@ -21,18 +21,20 @@ class Session:
 
     Args:
         model: a causal language model of transformers, packed or not. From now on it attends through
-            :mod:`moebius.runtime.attention` where that is faster. Single tokens of a packed model go through
-            :mod:`moebius.runtime.token_step` where its architecture allows that.
+            :mod:`moebius.runtime.attention` where that is faster. A packed model is left for :mod:`moebius.runtime.direct`
+            where its architecture allows that.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         use_single_query_attention(model)
         self.model = model
-        self._step: TokenStep | str | None = None
+        self._direct: DirectForward | str | None = None
         self._cache: Cache | None = None
         self._read: Tensor | None = None  # (batch, length), what the cache holds
         parameters = inspect.signature(model.forward).parameters
         self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        # From 5.24 on transformers calls it `cache`, and warns of the name it had.
+        self._cache_name = "cache" if "cache" in parameters else "past_key_values"
 
     def stream(
         self, ids: Tensor, *, new_tokens: int, temperature: float = 0.0, seed: int = 0, end_tokens: Collection[int] = ()
@@ -53,8 +55,8 @@ class Session:
         ends = torch.tensor(sorted(end_tokens), dtype=torch.int64, device=ids.device)
         ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         token = ids[:, -1]
-        if not isinstance(self._step, TokenStep) or not self._step.holds():
-            self._step = token_step(self.model)
+        if not isinstance(self._direct, DirectForward) or not self._direct.holds():
+            self._direct = direct_forward(self.model)
         for step in range(new_tokens):
             logits = self._next(ids if step == 0 else token.unsqueeze(1), begins=step == 0)
             token = torch.where(ended, token, _pick(logits, temperature, generator))
@@ -75,11 +77,14 @@ class Session:
         return logits
 
     def _forward(self, ids: Tensor) -> Tensor:
-        step, cache = self._step, self._cache
-        if isinstance(step, TokenStep) and cache is not None and ids.shape[1] == 1 and step.takes(len(ids), cache):
-            return step(ids[:, 0], cache)
-        output = self.model(input_ids=ids, past_key_values=cache, use_cache=True, **self._options)
-        if cache is None:
+        direct, cache = self._direct, self._cache
+        if isinstance(direct, DirectForward):
+            cache = direct.new_cache() if cache is None else cache
+            if direct.takes(ids, cache):
+                self._cache = cache
+                return direct(ids, cache)
+        output = self.model(input_ids=ids, use_cache=True, **{self._cache_name: self._cache}, **self._options)
+        if self._cache is None:
             self._cache = output.past_key_values
             make_room(self._cache)
         logits: Tensor = output.logits

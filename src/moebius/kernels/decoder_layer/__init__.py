@@ -1,4 +1,4 @@
-"""A decoder layer for one new token of each text, in one call: what PyTorch would do in a hundred small ones."""
+"""A decoder layer without what PyTorch would do in a hundred small steps: a token of each text in one call, several in few."""
 
 from moebius.kernels.decoder_layer.cpu import (
     DTYPES,
@@ -10,5 +10,6 @@ from moebius.kernels.decoder_layer.cpu import (
     SharedExpert,
     normalize,
 )
+from moebius.kernels.decoder_layer.prompt import read
 
-__all__ = ["DTYPES", "Attention", "DecoderLayer", "GatedMlp", "Matrix", "RoutedExperts", "SharedExpert", "normalize"]
+__all__ = ["DTYPES", "Attention", "DecoderLayer", "GatedMlp", "Matrix", "RoutedExperts", "SharedExpert", "normalize", "read"]

@@ -145,7 +145,7 @@ class CpuExperts:
         """As the reference: (tokens, hidden), (tokens, top_k), (tokens, top_k) to (tokens, hidden)."""
         tokens, top_k = top_k_index.shape
         if gate_up_bias is None and down_bias is None and self._in_one_call(tokens * top_k, activation):
-            return self._whole(hidden, top_k_index, top_k_weights)
+            return self.with_silu(hidden, top_k_index, top_k_weights)
         dtype = product_dtype(hidden.dtype)
         slots, weights = top_k_index.reshape(-1).long().contiguous(), top_k_weights.float()
         inputs = self._shared("gate_up.right", hidden.float(), dtype)
@@ -171,7 +171,10 @@ class CpuExperts:
         few = slots <= min(_FEW_TOKENS, _FEW_STATES)
         return (few or _level.tiles) and self.compiled is not None and recognize(activation, self.channels) == ("silu", True)
 
-    def _whole(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def with_silu(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The layer in one call, where it is ``compiled``: its activation is SiLU of the first half of ``gate_up`` times the
+        second.
+        """
         inputs, chosen, weights = (
             hidden.float().contiguous(),
             top_k_index.long().contiguous(),

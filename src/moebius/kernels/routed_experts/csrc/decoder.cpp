@@ -12,7 +12,7 @@
 namespace moebius {
 namespace {
 
-constexpr int kDenseRowsPerTask = 32;
+constexpr int kDenseRowsPerTask = 32, kVectorsPerTask = 16;
 constexpr int kUnitsPerTask = 1024;  // of an activation
 constexpr int kSlotsAtOnce = 512;    // that go through both projections together: what they compute stays in the cache
 constexpr int kColumnsPerTask = 256, kFewSlots = 64;  // of a sum over experts, and slots that one thread adds up faster alone
@@ -55,11 +55,12 @@ void rotate(float* values, int width, const float* cosines, const float* sines) 
 }
 
 // Every head of a vector: its norm, if it has one of its own, and its position.
-void place(float* values, int heads, int width, const float* norm, float epsilon, const float* cosines, const float* sines) {
+void place(float* values, int heads, int width, const float* norm, float epsilon, const float* cosines, const float* sines,
+           const Level& level) {
   for (int head = 0; head < heads; ++head) {
     float* const mine = values + head * width;
-    if (norm) normalize(mine, norm, epsilon, 1, width, mine);
-    rotate(mine, width, cosines, sines);
+    if (norm) normalize(mine, norm, epsilon, 1, width, mine, level, 1);
+    if (cosines) rotate(mine, width, cosines, sines);
   }
 }
 
@@ -98,16 +99,16 @@ void add_attention(const Attention& a, float epsilon, const float* inputs, float
   a.query.apply(inputs, queries, count, level, threads);
   a.key.apply(inputs, keys, count, level, threads);
   a.value.apply(inputs, values, count, level, threads);
-  if (a.query_norm && !a.norm_by_head) normalize(queries, a.query_norm, epsilon, count, all, queries);
-  if (a.key_norm && !a.norm_by_head) normalize(keys, a.key_norm, epsilon, count, few, keys);
+  if (a.query_norm && !a.norm_by_head) normalize(queries, a.query_norm, epsilon, count, all, queries, level, threads);
+  if (a.key_norm && !a.norm_by_head) normalize(keys, a.key_norm, epsilon, count, few, keys, level, threads);
   float* const attended = room<kAttended>(count * all);
   const DenseLevel& dense = dense_of(level);
   const int group = a.heads / a.key_heads;
   for_each(count * a.key_heads, threads, [&](int task) {
     const int text = task / a.key_heads, head = task % a.key_heads;
     float *query = queries + text * all + head * group * a.width, *key = keys + text * few + head * a.width;
-    place(query, group, a.width, a.norm_by_head ? a.query_norm : nullptr, epsilon, cosines, sines);
-    place(key, 1, a.width, a.norm_by_head ? a.key_norm : nullptr, epsilon, cosines, sines);
+    place(query, group, a.width, a.norm_by_head ? a.query_norm : nullptr, epsilon, cosines, sines, level);
+    place(key, 1, a.width, a.norm_by_head ? a.key_norm : nullptr, epsilon, cosines, sines, level);
     store(cache.keys, cache.bf16, text, head, cache.length, a.width, key);
     store(cache.values, cache.bf16, text, head, cache.length, a.width, values + text * few + head * a.width);
     float* const output = attended + text * all + head * group * a.width;
@@ -224,14 +225,31 @@ void Matrix::apply(const float* inputs, float* outputs, int count, const Level& 
     for (int i = 0; i < count; ++i) add(bias, rows, outputs + static_cast<size_t>(i) * rows);
 }
 
-void normalize(const float* inputs, const float* weight, float epsilon, int count, int width, float* outputs) {
-  for (int i = 0; i < count; ++i, inputs += width, outputs += width) {
-    double squares[8] = {};
-    for (int j = 0; j < width; ++j) squares[j % 8] += inputs[j] * inputs[j];
-    const double sum = std::accumulate(squares, squares + 8, 0.0);
-    const float factor = 1 / std::sqrt(static_cast<float>(sum / width) + epsilon);
-    for (int j = 0; j < width; ++j) outputs[j] = weight[j] * (inputs[j] * factor);
-  }
+void normalize(const float* inputs, const float* weight, float epsilon, int count, int width, float* outputs, const Level& level,
+               int threads) {
+  const DenseLevel& dense = dense_of(level);
+  for_each((count + kVectorsPerTask - 1) / kVectorsPerTask, threads, [&](int task) {
+    for (int i = task * kVectorsPerTask; i < std::min(count, (task + 1) * kVectorsPerTask); ++i) {
+      const float* from = inputs + static_cast<size_t>(i) * width;
+      const float mean = dense.dot_floats(from, from, width) / static_cast<float>(width);
+      level.multiply(from, weight, width, 1 / std::sqrt(mean + epsilon), outputs + static_cast<size_t>(i) * width);
+    }
+  });
+}
+
+void place_heads(float* values, const Heads& h, int texts, int tokens, const CachePart& part, bool bf16, int first,
+                 const Level& level, int threads) {
+  const int count = texts * tokens;
+  for_each((count + kVectorsPerTask - 1) / kVectorsPerTask, threads, [&](int task) {
+    for (int i = task * kVectorsPerTask; i < std::min(count, (task + 1) * kVectorsPerTask); ++i) {
+      const int token = i % tokens, row = token * h.width;
+      float* const mine = values + static_cast<size_t>(i) * h.heads * h.width;
+      const float *cosines = h.cosines ? h.cosines + row : nullptr, *sines = h.cosines ? h.sines + row : nullptr;
+      place(mine, h.heads, h.width, h.norm, h.epsilon, cosines, sines, level);
+      for (int head = 0; head < h.heads; ++head)
+        store(part, bf16, i / tokens, head, first + token, h.width, mine + head * h.width);
+    }
+  });
 }
 
 void Experts::apply(const float* inputs, const int64_t* chosen, const float* weights, int count, int top_k, float* outputs,
@@ -284,9 +302,9 @@ void DecoderLayer::step(float* states, int count, const float* cosines, const fl
                         const Level& level, int threads) const {
   const int hidden = attention_.query.columns;
   float* const normed = room<kNormed>(static_cast<size_t>(count) * hidden);
-  normalize(states, attention_norm_, epsilon_, count, hidden, normed);
+  normalize(states, attention_norm_, epsilon_, count, hidden, normed, level, threads);
   add_attention(attention_, epsilon_, normed, states, count, cosines, sines, cache, level, threads);
-  normalize(states, mlp_norm_, epsilon_, count, hidden, normed);
+  normalize(states, mlp_norm_, epsilon_, count, hidden, normed, level, threads);
   if (shared) add_shared(*shared, normed, states, count, hidden, level, threads);
   if (routed) add_routed(*routed, normed, states, count, hidden, level, threads);
   if (dense) add(apply_mlp(*dense, normed, count, level, threads), static_cast<size_t>(count) * hidden, states);

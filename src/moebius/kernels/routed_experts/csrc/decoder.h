@@ -23,7 +23,8 @@ struct Matrix {
 };
 
 // x / √(mean x² + epsilon) · weight, for `count` vectors.
-void normalize(const float* inputs, const float* weight, float epsilon, int count, int width, float* outputs);
+void normalize(const float* inputs, const float* weight, float epsilon, int count, int width, float* outputs, const Level& level,
+               int threads);
 
 struct Attention {
   Matrix query, key, value, output;
@@ -70,6 +71,18 @@ struct CachePart {
   void* at;
   int64_t text_stride, head_stride;
 };
+
+// What queries, keys or values become before they meet: each head with its norm and position, if it has them.
+struct Heads {
+  int heads, width;
+  const float* norm;  // of each head, (width,), or null
+  float epsilon;
+  const float *cosines, *sines;  // (tokens, width), or null
+};
+
+// values: (texts · tokens, heads · width), changed in place. They are written from token `first` on.
+void place_heads(float* values, const Heads& heads, int texts, int tokens, const CachePart& part, bool bf16, int first,
+                 const Level& level, int threads);
 
 struct LayerCache {
   CachePart keys, values;

@@ -164,8 +164,18 @@ NB_MODULE(_cpu, m) {
         const LayerCache cache{{at<void>(keys), key_text, key_head}, {at<void>(values), value_text, value_head}, bf16, length};
         layer.step(at<float>(states), count, at<const float>(cosines), at<const float>(sines), cache, level, threads);
       });
-  m.def("normalize", [](uintptr_t inputs, uintptr_t weight, float epsilon, int count, int width, uintptr_t outputs) {
-    normalize(at<const float>(inputs), at<const float>(weight), epsilon, count, width, at<float>(outputs));
+  m.def("normalize", [](uintptr_t inputs, uintptr_t weight, float epsilon, int count, int width, uintptr_t outputs,
+                        const Level& level, int threads) {
+    nb::gil_scoped_release unlocked;
+    normalize(at<const float>(inputs), at<const float>(weight), epsilon, count, width, at<float>(outputs), level, threads);
+  });
+  // Norm, cosines and sines: addresses or 0. Where to: address, strides of a text and of a head, whether in bf16, first token.
+  m.def("place_heads", [](uintptr_t values, int heads, int width, uintptr_t norm, float epsilon, uintptr_t cosines, uintptr_t sines,
+                          int texts, int tokens, uintptr_t to, int64_t text_stride, int64_t head_stride, bool bf16, int first,
+                          const Level& level, int threads) {
+    nb::gil_scoped_release unlocked;
+    const Heads all{heads, width, at<const float>(norm), epsilon, at<const float>(cosines), at<const float>(sines)};
+    place_heads(at<float>(values), all, texts, tokens, {at<void>(to), text_stride, head_stride}, bf16, first, level, threads);
   });
 
   m.def("levels", [] {
