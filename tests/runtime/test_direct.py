@@ -16,8 +16,8 @@ from moebius.kernels.decoder_layer import Attention, prompt
 from moebius.kernels.routed_experts import cpu
 from moebius.progress import Silent
 from moebius.recipe import Recipe
-from moebius.runtime.generation import Session
 from moebius.runtime.direct import ARCHITECTURES, DirectForward, direct_forward
+from moebius.runtime.generation import Session
 
 needs_kernels = pytest.mark.skipif(cpu.missing() is not None, reason="nothing was compiled")
 needs_tiles = pytest.mark.skipif(
@@ -34,7 +34,7 @@ def packed(name: str, folder: Path, rest: str = "bf16", all_experts: bool = Fals
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():  # every part counts
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if tensor.ndim == 2 and name.endswith("weight") or name.endswith("proj.scales"):
+            if (tensor.ndim == 2 and name.endswith("weight")) or name.endswith("proj.scales"):
                 tensor.mul_(50 if "embed" in name else 8)
     return model
 

@@ -7,7 +7,6 @@ import ctypes
 import resource
 from pathlib import Path
 
-
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # what glibc's malloc.h calls them
 
 

@@ -24,15 +24,15 @@ class RoomyLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append (batch, heads, new, width) states; returns all there are, (batch, heads, length, width)."""
-        if self.keys is None or self.values is None or self.is_empty():
+        if self.keys is None or self.values is None or not self.texts():
             return super().update(key_states, value_states)
         self.keys = self._appended("keys", self.keys, key_states)
         self.values = self._appended("values", self.values, value_states)
         return self.keys, self.values
 
-    def is_empty(self) -> bool:
-        """Whether there is no token yet."""
-        return self.keys is None or self.values is None or self.keys.numel() == 0
+    def texts(self) -> int:
+        """How many texts have tokens here; zero before the first token."""
+        return 0 if self.keys is None or self.values is None or self.keys.numel() == 0 else len(self.keys)
 
     def begin(self, nothing: Tensor) -> None:
         """Hold no token yet, of the texts, heads, width and dtype of a tensor (texts, heads, 0, width)."""

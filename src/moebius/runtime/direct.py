@@ -83,7 +83,7 @@ class DirectForward:
             texts <= MOST_TEXTS
             and (new == 1 or compiled.current().tiles)
             and len(layers) == len(self._layers)
-            and all(type(layer) is RoomyLayer and (layer.is_empty() or len(layer.keys) == texts) for layer in layers)
+            and all(type(layer) is RoomyLayer and layer.texts() in (0, texts) for layer in layers)
         )
 
     def __call__(self, tokens: Tensor, cache: Cache) -> Tensor:
@@ -103,7 +103,7 @@ class DirectForward:
         states = functional.embedding(tokens.reshape(-1), self._embeddings.weight).float().contiguous()
         for layer, kept in zip(self._layers, cache.layers, strict=True):
             assert isinstance(kept, RoomyLayer)
-            if kept.is_empty():
+            if not kept.texts():
                 shape = texts, layer.attention.key_heads, 0, layer.attention.width
                 kept.begin(torch.empty(shape, dtype=self._model.dtype))
             room = kept.grown(new)

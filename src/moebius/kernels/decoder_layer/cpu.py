@@ -6,7 +6,6 @@ The layer is the one that OLMoE, Qwen's MoE models and Mixtral share: ``x + atte
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
