@@ -192,7 +192,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def agree(layer: Layer, given: tuple[Tensor, Tensor, Tensor]) -> None:
     wanted = reference.routed_experts(given[0], given[1].long(), given[2], *layer, gated)
     got = routed_experts(*given, *layer, gated)
-    assert disagreement(got, wanted, *bounds()) is None
+    close, element = bounds()
+    assert disagreement(got, wanted, close, element * (2 if len(got) > 30 else 1)) is None  # the worst of many is worse
 
 
 def bounds() -> tuple[float, float]:
@@ -222,11 +223,11 @@ def test_signs(hidden: int, inner: int, side: str, salient: int, backend: str) -
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize("tokens", [0, 1, 7, 40])
-@pytest.mark.parametrize("kind", ["planes", "signs"])
+@pytest.mark.parametrize("tokens", [0, 1, 7, 40, 600])  # the last are too many to be taken at once
+@pytest.mark.parametrize("kind", ["planes", "hidden", "output"])
 def test_routing(routing: str, tokens: int, kind: str, backend: str) -> None:
     generator = Generator().manual_seed(tokens)
-    layer = moebius_layer(generator, 65, 31, 63, 3) if kind == "planes" else mobie_layer(generator, 65, 31, "hidden", 3)
+    layer = moebius_layer(generator, 65, 31, 63, 3) if kind == "planes" else mobie_layer(generator, 65, 31, kind, 3)
     agree(layer, inputs(generator, layer, tokens, routing))
 
 
