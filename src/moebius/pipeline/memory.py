@@ -14,8 +14,8 @@ def keep_freed_memory(most: int = 1 << 26) -> None:
     """From now on, what tensors of up to ``most`` bytes leave behind stays with this process, for the next ones.
 
     The C library gives large blocks back at once, and the system clears every page of the next one: a tenth of the time of a
-    prompt and, with the large matrices there, up to a quarter of that of quantizing a layer. It concerns the whole process, so
-    this is for programs, not for libraries. Does nothing where the C library is not glibc.
+    prompt, a seventh of that of quantizing a layer. It concerns the whole process, so this is for programs, not for libraries.
+    Does nothing where the C library is not glibc.
 
     Args:
         most: as much may be held that nobody uses.
