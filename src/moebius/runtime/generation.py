@@ -85,7 +85,7 @@ class Session:
                 return direct(ids, cache)
         output = self.model(input_ids=ids, use_cache=True, **{self._cache_name: self._cache}, **self._options)
         if self._cache is None:
-            self._cache = output.past_key_values
+            self._cache = getattr(output, self._cache_name)
             make_room(self._cache)
         logits: Tensor = output.logits
         return logits[:, -1]
