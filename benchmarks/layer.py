@@ -54,8 +54,8 @@ def measure(text: str, experts: int, hidden: int, inner: int, threads: int) -> d
     import torch
 
     from moebius.cli.options import recipe_from_text
+    from moebius.memory import WHILE_QUANTIZING, keep_freed_memory
     from moebius.methods import METHODS
-    from moebius.pipeline.memory import WHILE_QUANTIZING, keep_freed_memory
 
     torch.set_num_threads(threads)
     keep_freed_memory(WHILE_QUANTIZING)  # as the command line does

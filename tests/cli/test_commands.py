@@ -303,7 +303,7 @@ def test_a_stopped_comparison_goes_on(
 
 
 def test_help_and_version_load_nothing_heavy() -> None:
-    code = "import sys, moebius.cli.app; print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
+    code = "import sys, moebius.cli.__main__; print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

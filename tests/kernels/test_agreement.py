@@ -251,6 +251,17 @@ def test_biases(backend: str) -> None:
     assert disagreement(routed_experts(states, index, weights, *layer, gated), wanted, *bounds()) is not None
 
 
+@pytest.mark.parametrize("tokens", [15, 16])
+def test_tokens_beyond_what_is_held_at_once(tokens: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_TOKENS_AT_ONCE", 5)
+    generator = Generator().manual_seed(0)
+    layer = moebius_layer(generator, 65, 31, 63, 2)
+    given = inputs(generator, layer, tokens, "padding")
+    bias = torch.randn(EXPERTS, 62, generator=generator)
+    wanted = reference.routed_experts(*given, *layer, gated, bias)
+    assert disagreement(routed_experts(*given, *layer, gated, bias), wanted, *bounds()) is None
+
+
 def test_outliers_and_zeros(backend: str) -> None:
     """One input a thousand times the others must not drown them, and no input is no reason for NaN."""
     generator = Generator().manual_seed(0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moebius.cli.app import app
-from moebius.pipeline.memory import keep_freed_memory
+from moebius.memory import keep_freed_memory
 
 
 def main() -> None:

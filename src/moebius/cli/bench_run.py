@@ -27,8 +27,8 @@ from moebius.evaluate.roofline import read_bandwidth, step_bytes
 from moebius.evaluate.shapes import with_layers
 from moebius.evaluate.size import ModelSize, is_packed, packed_checkpoint_size
 from moebius.evaluate.speed import Seconds, SpeedSettings, measure_speed, warm_up
+from moebius.memory import PeakMemory
 from moebius.pipeline import quantize_model
-from moebius.pipeline.memory import PeakMemory
 from moebius.progress import Progress
 from moebius.recipe import CalibrationSettings, Recipe
 

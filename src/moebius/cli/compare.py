@@ -148,7 +148,7 @@ def compare(
 
     from moebius.cli.comparison_run import Comparison, WorkFolder, folder_name, run_comparison
     from moebius.evaluate.samples import PROMPTS
-    from moebius.pipeline.memory import WHILE_QUANTIZING, keep_freed_memory
+    from moebius.memory import WHILE_QUANTIZING, keep_freed_memory
 
     require_device(device)
     comparison = Comparison(source, candidates, held_out, PROMPTS[:samples], device, settings if preset in MATCHED else None)

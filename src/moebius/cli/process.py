@@ -9,7 +9,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from moebius.errors import MoebiusError, ResourceError
-from moebius.pipeline.memory import keep_freed_memory
+from moebius.memory import keep_freed_memory
 from moebius.progress import Progress
 
 

@@ -84,8 +84,8 @@ def quantize(
 
     from moebius.cli.loading import quiet_transformers
     from moebius.evaluate.size import packed_checkpoint_size
+    from moebius.memory import WHILE_QUANTIZING, keep_freed_memory
     from moebius.pipeline import quantize_model
-    from moebius.pipeline.memory import WHILE_QUANTIZING, keep_freed_memory
 
     require_device(device)
     quiet_transformers()

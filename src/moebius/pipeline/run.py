@@ -21,13 +21,13 @@ from moebius.checkpoint.reader import SourceCheckpoint
 from moebius.checkpoint.writer import CheckpointWriter
 from moebius.errors import CheckpointError, UnsupportedModelError
 from moebius.formats import Packed, PackedProjection
+from moebius.memory import PeakMemory
 from moebius.methods import METHODS
 from moebius.methods.base import Method
 from moebius.methods.linear import packed_linears, quantize_linear
 from moebius.methods.router import quantize_router
 from moebius.models.layout import read_weights
 from moebius.models.load import check_coverage, load_moe_model
-from moebius.pipeline.memory import PeakMemory
 from moebius.pipeline.refine import refine
 from moebius.progress import Progress, Silent
 from moebius.recipe import CalibrationSettings, Recipe

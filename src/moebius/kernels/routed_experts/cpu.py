@@ -37,6 +37,8 @@ except ImportError as error:  # installed where there was no C++ compiler
 #: Tokens up to which reading bits for each token is faster than unpacking them once for PyTorch: of an expert, and of a shared
 #: factor.
 _FEW_TOKENS, _FEW_STATES = 8, 8
+#: Tokens that go through both projections together where that is not one call: what all their experts compute is held at once.
+_TOKENS_AT_ONCE = 1024
 
 _scratch = threading.local()
 _level: Any = _cpu and _cpu.level(_cpu.levels()[0])
@@ -146,6 +148,10 @@ class CpuExperts:
         tokens, top_k = top_k_index.shape
         if gate_up_bias is None and down_bias is None and self._in_one_call(tokens * top_k, activation):
             return self.with_silu(hidden, top_k_index, top_k_weights)
+        if tokens > _TOKENS_AT_ONCE:
+            parts = (tensor.split(_TOKENS_AT_ONCE) for tensor in (hidden, top_k_index, top_k_weights))
+            some = [self(*part, activation, gate_up_bias, down_bias) for part in zip(*parts, strict=True)]  # type: ignore[call-arg]
+            return torch.cat(some)
         dtype = product_dtype(hidden.dtype)
         slots, weights = top_k_index.reshape(-1).long().contiguous(), top_k_weights.float()
         inputs = self._shared("gate_up.right", hidden.float(), dtype)

@@ -54,13 +54,12 @@ void rotate(float* values, int width, const float* cosines, const float* sines) 
   }
 }
 
-// Every head of a vector: its norm, if it has one of its own, and its position.
-void place(float* values, int heads, int width, const float* norm, float epsilon, const float* cosines, const float* sines,
-           const Level& level) {
-  for (int head = 0; head < heads; ++head) {
-    float* const mine = values + head * width;
-    if (norm) normalize(mine, norm, epsilon, 1, width, mine, level, 1);
-    if (cosines) rotate(mine, width, cosines, sines);
+// All heads of the vector of a token: their norm, if they have one of their own, and their position.
+void place(float* values, const Heads& h, int token, const Level& level) {
+  for (int head = 0; head < h.heads; ++head) {
+    float* const mine = values + head * h.width;
+    if (h.norm) normalize(mine, h.norm, h.epsilon, 1, h.width, mine, level, 1);
+    if (h.cosines) rotate(mine, h.width, h.cosines + token * h.width, h.sines + token * h.width);
   }
 }
 
@@ -104,11 +103,13 @@ void add_attention(const Attention& a, float epsilon, const float* inputs, float
   float* const attended = room<kAttended>(count * all);
   const DenseLevel& dense = dense_of(level);
   const int group = a.heads / a.key_heads;
+  const Heads query_heads{group, a.width, a.norm_by_head ? a.query_norm : nullptr, epsilon, cosines, sines};
+  const Heads key_head{1, a.width, a.norm_by_head ? a.key_norm : nullptr, epsilon, cosines, sines};
   for_each(count * a.key_heads, threads, [&](int task) {
     const int text = task / a.key_heads, head = task % a.key_heads;
     float *query = queries + text * all + head * group * a.width, *key = keys + text * few + head * a.width;
-    place(query, group, a.width, a.norm_by_head ? a.query_norm : nullptr, epsilon, cosines, sines, level);
-    place(key, 1, a.width, a.norm_by_head ? a.key_norm : nullptr, epsilon, cosines, sines, level);
+    place(query, query_heads, 0, level);
+    place(key, key_head, 0, level);
     store(cache.keys, cache.bf16, text, head, cache.length, a.width, key);
     store(cache.values, cache.bf16, text, head, cache.length, a.width, values + text * few + head * a.width);
     float* const output = attended + text * all + head * group * a.width;
@@ -242,10 +243,9 @@ void place_heads(float* values, const Heads& h, int texts, int tokens, const Cac
   const int count = texts * tokens;
   for_each((count + kVectorsPerTask - 1) / kVectorsPerTask, threads, [&](int task) {
     for (int i = task * kVectorsPerTask; i < std::min(count, (task + 1) * kVectorsPerTask); ++i) {
-      const int token = i % tokens, row = token * h.width;
+      const int token = i % tokens;
       float* const mine = values + static_cast<size_t>(i) * h.heads * h.width;
-      const float *cosines = h.cosines ? h.cosines + row : nullptr, *sines = h.cosines ? h.sines + row : nullptr;
-      place(mine, h.heads, h.width, h.norm, h.epsilon, cosines, sines, level);
+      place(mine, h, token, level);
       for (int head = 0; head < h.heads; ++head)
         store(part, bf16, i / tokens, head, first + token, h.width, mine + head * h.width);
     }

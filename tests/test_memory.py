@@ -11,13 +11,15 @@ import pytest
 _FAULTS = """
 import resource
 import torch
-from moebius.pipeline.memory import keep_freed_memory
+from moebius.memory import keep_freed_memory
 {before}
-torch.ones(4_000_000)  # 16 MB, and gone
+def come_and_go():  # 16 and 48 MB
+    for _ in range(16):
+        torch.ones(4_000_000)
+        torch.ones(12_000_000)
+come_and_go()  # the memory finds its place
 begin = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(8):
-    torch.ones(4_000_000)
-    torch.ones(12_000_000)
+come_and_go()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - begin)
 """
 
