@@ -80,7 +80,9 @@ def main() -> int:
         print(f"recorded on {wanted['threads']} threads, compared on {found['threads']}: not comparable")
         return 1
     other = [name for name in found if found[name] != wanted.get(name)]
-    print(f"{len(found) - 1 - len(other)} of {len(found) - 1} recipes write the same bytes" + "".join(f"\n  other: {n}" for n in other))
+    print(f"{len(found) - 1 - len(other)} of {len(found) - 1} recipes write the same bytes")
+    for name in other:
+        print(f"  other: {name}")
     return 1 if other else 0
 
 
