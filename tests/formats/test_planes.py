@@ -184,7 +184,7 @@ def test_rounding_noise_is_that_of_a_gaussian(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [3, 5, 8])
 def test_logarithmic_codes_err_by_half_a_step(bits: int) -> None:
-    scales = torch.exp(3 * torch.randn(5, 40, generator=generator()))
+    scales = torch.exp(1.5 * torch.randn(5, 40, generator=generator()))  # further apart, the small ones are next to zero
     codes, grid = encode(scales, bits)
     step = grid[:, 1].float().unsqueeze(1)
     # fp16 rounds the first point of the grid too.
