@@ -165,7 +165,11 @@ def require_free(out: Path) -> Path:
     Raises:
         OutputError: it is a file, or a folder that is not empty.
     """
-    if out.is_dir() and any(out.iterdir()):
+    if (
+        out.is_dir()
+        and any(path.name != ".partial" for path in out.iterdir())
+        and not (out / ".partial" / "moving.json").exists()
+    ):
         raise OutputError(f"{out}: this folder is not empty; remove it or choose another with --out")
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out}: this is a file, wanted a folder; choose another with --out")
