@@ -1,8 +1,8 @@
 """Runs that are killed at file-system operations, finished by a second run, and compared with one that was never stopped.
 
 ``python -m tests.kills --count 200`` (``make kills``) kills so many runs of each recipe, at operations spread over the run; a
-small dose is part of the suite. A run is a process that is forked where everything is imported already, and ends by ``os._exit`` in
-the middle of the operation's call: nothing is cleaned up, flushed or released by Python.
+small dose is part of the suite. A run is a process that is forked where everything is imported already, and ends by
+``os._exit`` in the middle of the operation's call: nothing is cleaned up, flushed or released by Python.
 """
 
 from __future__ import annotations
