@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from moebius.errors import MoebiusError
 from moebius.pipeline import quantize_model
 from moebius.recipe import CalibrationSettings, Recipe
 
@@ -66,6 +67,8 @@ def forked(work: Callable[[], None], folder: Path, kill_at: int = 0) -> tuple[in
             sys.addaudithook(watch)
             work()
             code = 0
+        except MoebiusError:
+            code = MoebiusError.exit_code
         finally:
             os.write(writing, str(count).encode())
             os._exit(code)
@@ -102,9 +105,9 @@ def differing(source: Path, work: Path, options: dict[str, Any], count: int) -> 
         folder.mkdir()
         code, _ = forked(run(folder / "out"), folder, point)
         assert code == _KILLED, (point, code)
-        if not (folder / "out" / "config.json").exists():
-            code, _ = forked(run(folder / "out"), folder)
-            assert code == 0, (point, code)
+        done = (folder / "out" / "config.json").exists()
+        code, _ = forked(run(folder / "out"), folder)
+        assert (code == 0) is not done, (point, code)  # what is there already is not overwritten
         got = contents(folder)
         yield point, sorted(name for name in got.keys() | wanted.keys() if got.get(name) != wanted.get(name))
         shutil.rmtree(folder)

@@ -268,6 +268,7 @@ class CalibrationSettings:
         window_length: tokens per window.
         seed: which windows are drawn.
         split: ``"train"`` or ``"held-out"``; of a single file, the held-out split is its last twentieth.
+        bos: whether windows begin with the begin-of-text token: ``"auto"`` (where the tokenizer adds it), ``"on"``, ``"off"``.
     """
 
     text: str = "builtin"
@@ -275,6 +276,7 @@ class CalibrationSettings:
     window_length: int = 256
     seed: int = 0
     split: str = "train"
+    bos: str = "auto"
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import datasets
 import pytest
 import torch
 from tests.tiny import byte_tokenizer
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
-from moebius.calibrate import tokens
+from moebius.calibrate import text_files, tokens
 from moebius.calibrate.tokens import HubText, calibration_windows, windows_digest
 from moebius.errors import CalibrationError, MoebiusError, UnknownNameError
 from moebius.recipe import CalibrationSettings
@@ -77,10 +79,86 @@ def test_whole_text_can_be_asked_for(tmp_path: Path) -> None:
         windows_of(file, windows=60)
 
 
-def test_bytes_that_are_not_text_are_left_out(tmp_path: Path) -> None:
-    file = tmp_path / "text.txt"
-    file.write_bytes(b"\xff\xfe" + "héllo wörld ".encode() * 400)
-    assert "wörld" in TOKENIZER.decode(windows_of(file).flatten())
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ("héllo wörld ".encode("utf-16") * 400, "is UTF-16; convert it first"),
+        ("héllo wörld ".encode("utf-16-le") * 400, "holds NUL bytes"),
+        ("hello wörld ".encode("latin-1") * 400, r"byte 7 \(0xf6\) is no UTF-8"),
+        (b"\x1f\x8b" + b"x" * 4000, "compressed by gzip"),
+        (b"PAR1" + b"x" * 4000, "is parquet"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_what_is_no_text_is_refused(data: bytes, said: str, suffix: str, tmp_path: Path) -> None:
+    file = tmp_path / f"text.{suffix}"
+    file.write_bytes(data)
+    with pytest.raises(CalibrationError, match=said):
+        windows_of(file)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    plain, marked = tmp_path / "plain.txt", tmp_path / "marked.txt"
+    plain.write_bytes("héllo wörld ".encode() * 400)
+    marked.write_bytes(b"\xef\xbb\xbf" + plain.read_bytes())
+    assert torch.equal(windows_of(plain), windows_of(marked))
+
+
+def test_characters_across_the_borders_of_pieces_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_files, "_CHUNK", 7)
+    (tmp_path / "text.txt").write_text(text := "wörld €uro 𝄞 " * 40)
+    pieces = [text_files.text_file(tmp_path / "text.txt", held_out) for held_out in (False, True)]
+    assert "".join(part.read(index) for part in pieces for index in range(part.count)) == text
+
+
+def test_chats_are_written_by_the_template(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    row = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "wörld"}]}
+    file = tmp_path / "chats.jsonl"
+    file.write_text((json.dumps(row) + "\n") * 40)
+    with pytest.raises(CalibrationError, match=r"line \d+: is a chat .* no chat template"):
+        calibration_windows(CalibrationSettings(text=str(file), windows=4, window_length=32), tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    windows = calibration_windows(CalibrationSettings(text=str(file), windows=8, window_length=64), tokenizer)
+    assert "<user>hello<assistant>wörld" in tokenizer.decode(windows.flatten())
+    tokenizer.chat_template = "{{ raise_exception('no such role') }}"
+    with pytest.raises(CalibrationError, match="the chat template refuses its messages"):
+        calibration_windows(CalibrationSettings(text=str(file), windows=4, window_length=32), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"instruction": "a", "output": "b"}', r"got 'instruction', 'output', wanted a string under 'text' or a chat"),
+        ('"just a string"', "got str, wanted an object"),
+        ('{"text": 5}', "got 'text', wanted a string"),
+        ('[{"text": "a"}]', "is a JSON array"),
+        ("{half", "is not JSON"),
+        ("[" * 100_000, "is a JSON array"),
+        ('{"text":' + "[" * 100_000, "is not JSON"),
+    ],
+)
+def test_rows_of_other_shapes_are_refused_by_line(line: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text((line + "\n") * 40)
+    with pytest.raises(CalibrationError, match=said):
+        windows_of(tmp_path / "rows.jsonl")
+
+
+def test_windows_begin_with_bos_where_the_tokenizer_adds_it(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("hello world " * 400)
+    adds = byte_tokenizer()
+    adds.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", END)]
+    )
+    for split in ("train", "held-out"):
+        settings = CalibrationSettings(text=str(tmp_path / "text.txt"), windows=4, window_length=32, split=split)
+        plain, begun = calibration_windows(settings, byte_tokenizer()), calibration_windows(settings, adds)
+        assert plain.shape == begun.shape == (4, 32)
+        assert bool((begun[:, 0] == END).all()) and not bool((plain[:, 0] == END).all())
+        off = dataclasses.replace(settings, bos="off")
+        assert torch.equal(calibration_windows(off, adds), plain)
+        on = dataclasses.replace(settings, bos="on")
+        assert torch.equal(calibration_windows(on, byte_tokenizer()), begun)
 
 
 @pytest.mark.parametrize("name", ["empty.txt", "empty.jsonl", "short.txt", "short.jsonl", "blank.jsonl"])
@@ -132,7 +210,8 @@ def test_bad_json_line(line: str, tmp_path: Path) -> None:
 class CountingTokenizer:
     """Counts the characters it is given."""
 
-    eos_token_id = END
+    eos_token_id = bos_token_id = END
+    chat_template = None
 
     def __init__(self) -> None:
         self.characters = 0

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -195,7 +196,7 @@ def test_a_folder_that_is_no_checkpoint(workplace: Path, tmp_path: Path) -> None
         ("empty.txt", "", "found 0 tokens, wanted 128"),
         ("short.txt", "Too short.", "tokens, wanted 128"),
         ("short.jsonl", '{"text": "Too short."}\n', "tokens, wanted 128"),
-        ("wrong.jsonl", '{"words": "No text here."}\n', "'text' field"),
+        ("wrong.jsonl", '{"words": "No text here."}\n', "wanted a string under 'text'"),
     ],
 )
 def test_calibration_text(workplace: Path, tmp_path: Path, model: Path, name: str, content: str, message: str) -> None:
@@ -214,8 +215,8 @@ def test_a_full_disk(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatc
 
     def fsync(descriptor: int) -> None:
         # run.json, then shard and record of the first layer; the shard of the second does not fit.
-        calls.append(descriptor)
-        if len(calls) == 4:
+        calls.append(stat.S_ISREG(os.fstat(descriptor).st_mode))  # folders are flushed too
+        if sum(calls) == 4:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(descriptor)
 

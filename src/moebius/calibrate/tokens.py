@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moebius.calibrate.builtin_text import builtin_documents
+from moebius.calibrate.text_files import Documents, Render, chat_template, json_lines, row_text, share, text_file
 from moebius.errors import CalibrationError, UnknownNameError
 from moebius.recipe import CalibrationSettings
 
@@ -22,7 +21,6 @@ from moebius.recipe import CalibrationSettings
 _POOL = 8
 # Characters per token-to-be of a window that one visit to a document takes: about 16 windows of English.
 _PIECE_CHARACTERS = 64
-_HELD_OUT_SHARE = 20  # one part in twenty of a text that has no split of its own
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,8 @@ def calibration_windows(settings: CalibrationSettings, tokenizer: Any) -> Tensor
 
     Documents are visited in an order drawn by seed, a piece of each at a time, until eight times the wanted tokens are
     there or the text is used up. They are joined with the tokenizer's end-of-text token between them, cut into windows that
-    do not overlap, and the seed draws the windows. Long texts are never tokenized as a whole.
+    do not overlap, and the seed draws the windows, each of which begins with the begin-of-text token where the tokenizer would
+    put it (``settings.bos``). Long texts are never tokenized as a whole.
 
     Args:
         settings: ``text`` is ``builtin``, a path to a ``.txt`` or ``.jsonl`` file (a ``text`` field per line), a folder that
@@ -92,18 +91,43 @@ def calibration_windows(settings: CalibrationSettings, tokenizer: Any) -> Tensor
         raise CalibrationError(
             f"calibration wants {settings.windows} windows of {settings.window_length} tokens; at least 1 window of 2 is needed"
         )
-    documents = _open_text(settings)
+    documents = _open_text(settings, chat_template(tokenizer))
     generator = torch.Generator().manual_seed(settings.seed)
-    wanted = settings.windows * settings.window_length
-    tokens = _pool(documents, tokenizer, generator, _POOL * wanted, _PIECE_CHARACTERS * settings.window_length)
+    head = begins_with(tokenizer, settings.bos)
+    length = settings.window_length - len(head)  # of what is drawn
+    wanted = settings.windows * length
+    tokens = _pool(documents, tokenizer, generator, _POOL * wanted, _PIECE_CHARACTERS * length)
     if len(tokens) < wanted:
         raise CalibrationError(
             f"calibration text {settings.text!r} ({settings.split}): found {len(tokens)} tokens, wanted {wanted} "
-            f"({settings.windows} windows of {settings.window_length}); give a longer text, or ask for fewer or shorter windows"
+            f"({settings.windows} windows of {length}); give a longer text, or ask for fewer or shorter windows"
         )
-    slots = len(tokens) // settings.window_length
-    pool = torch.tensor(tokens[: slots * settings.window_length]).view(slots, settings.window_length)
-    return pool[torch.randperm(slots, generator=generator)[: settings.windows]]
+    slots = len(tokens) // length
+    pool = torch.tensor(tokens[: slots * length]).view(slots, length)
+    drawn = pool[torch.randperm(slots, generator=generator)[: settings.windows]]
+    return torch.cat([torch.tensor(head, dtype=torch.int64).expand(len(drawn), -1), drawn], 1)
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether a tokenizer begins every text with its begin-of-text token."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+
+
+def begins_with(tokenizer: Any, bos: str) -> list[int]:
+    """What every window begins with: the begin-of-text token, or nothing.
+
+    Args:
+        bos: ``auto`` (where the tokenizer adds it), ``on`` or ``off``.
+
+    Raises:
+        CalibrationError: a begin-of-text token is asked for, and the tokenizer has none.
+    """
+    if bos == "off" or (bos == "auto" and not adds_bos(tokenizer)):
+        return []
+    if tokenizer.bos_token_id is None:
+        raise CalibrationError("bos=on: this tokenizer has no begin-of-text token; leave it at auto")
+    return [tokenizer.bos_token_id]
 
 
 def windows_digest(windows: Tensor) -> str:
@@ -138,7 +162,7 @@ def _pool(documents: Documents, tokenizer: Any, generator: torch.Generator, enou
     return tokens
 
 
-def _open_text(settings: CalibrationSettings) -> Documents:
+def _open_text(settings: CalibrationSettings, render: Render) -> Documents:
     """The documents of one split of a text, read when asked for."""
     if settings.split not in ("train", "held-out"):
         raise CalibrationError(f"calibration split: got {settings.split!r}, wanted 'train' or 'held-out'")
@@ -149,13 +173,11 @@ def _open_text(settings: CalibrationSettings) -> Documents:
         return Documents(len(builtin), lambda index: builtin[index].text)
     path = Path(text).expanduser()
     if is_data_set(text):
-        return _data_set(_hub_text(text), held_out, _PIECE_CHARACTERS * settings.window_length)
-    if path.suffix in (".txt", ".jsonl"):
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise CalibrationError(f"calibration text {text}: {error.strerror}; give a file that exists") from error
-        return _json_lines(path, held_out) if path.suffix == ".jsonl" else _text_file(path, size, held_out)
+        return _data_set(_hub_text(text), held_out, _PIECE_CHARACTERS * settings.window_length, render)
+    if path.suffix == ".jsonl":
+        return json_lines(path, held_out, render)
+    if path.suffix == ".txt":
+        return text_file(path, held_out)
     if path.exists():
         raise CalibrationError(f"calibration text {text}: got a {path.suffix or 'nameless'} file, wanted .txt or .jsonl")
     names = ", ".join(["builtin", *HUB_TEXTS])
@@ -170,79 +192,23 @@ def is_data_set(text: str) -> bool:
     return path.is_dir() or text in HUB_TEXTS or (text.count("/") == 1 and not path.exists() and not path.suffix)
 
 
-def data_set_rows(text: str) -> list[str]:
+def data_set_rows(text: str, render: Render) -> list[str]:
     """The held-out rows of a data set as they are and in their order: its test split, or the end of its only one.
 
     Args:
         text: one that :func:`is_data_set` knows.
+        render: writes chats.
 
     Raises:
         CalibrationError: a data set that cannot be loaded, or has no column of text.
     """
-    rows, share, column = _rows(_hub_text(text), held_out=True)
-    return [row or "" for row in rows[share.start : share.stop][column]]
+    rows, mine, column = _rows(_hub_text(text), held_out=True)
+    return [_row(value, column, f"data set {text}", render) for value in rows[mine.start : mine.stop][column]]
 
 
 def _hub_text(text: str) -> HubText:
     path = Path(text).expanduser()
     return HUB_TEXTS.get(text, HubText(str(path) if path.is_dir() else text, {}))
-
-
-@dataclass(frozen=True)
-class Documents:
-    """Documents that are read one at a time, by their number."""
-
-    count: int
-    read: Callable[[int], str]
-
-
-def _share(count: int, held_out: bool) -> range:
-    """The first 95 % of ``count`` things, or the rest of them."""
-    cut = count - count // _HELD_OUT_SHARE
-    return range(cut, count) if held_out else range(cut)
-
-
-def _text_file(path: Path, size: int, held_out: bool) -> Documents:
-    """A text file as documents of 64 KiB, so that a huge one need not be read as a whole."""
-    share = _share(size, held_out)
-    chunk = 1 << 16
-
-    def read(index: int) -> str:
-        start = share.start + index * chunk
-        with path.open("rb") as file:
-            file.seek(start)
-            # A character cut in two by the border of a chunk is dropped.
-            return file.read(min(chunk, share.stop - start)).decode("utf-8", errors="ignore")
-
-    return Documents(-(-len(share) // chunk), read)
-
-
-def _json_lines(path: Path, held_out: bool) -> Documents:
-    """A JSON-lines file; only the offsets of its lines are kept."""
-    offsets, offset = [], 0
-    with path.open("rb") as file:
-        for line in file:
-            if line.strip():
-                offsets.append(offset)
-            offset += len(line)
-    share = _share(len(offsets), held_out)
-
-    def read(index: int) -> str:
-        number = share[index]
-        with path.open("rb") as file:
-            file.seek(offsets[number])
-            line = file.readline()
-        try:
-            text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CalibrationError(
-                f"calibration text {path}: line {number + 1} that is not empty is not a JSON object with a 'text' field"
-            ) from error
-        if not isinstance(text, str):
-            raise CalibrationError(f"calibration text {path}: 'text' of line {number + 1} is no string")
-        return text
-
-    return Documents(len(share), read)
 
 
 def _rows(source: HubText, held_out: bool) -> tuple[Any, range, str]:
@@ -265,26 +231,34 @@ def _rows(source: HubText, held_out: bool) -> tuple[Any, range, str]:
             f"calibration text {source.path!r}: cannot load this data set ({reason}); give a .txt or .jsonl file instead"
         ) from error
     splits = loaded if isinstance(loaded, dict) else {"train": loaded}
-    rows, share = _split(splits, held_out, source.path)
-    return rows, share, source.column or _text_column(rows, source.path)
+    rows, mine = _split(splits, held_out, source.path)
+    return rows, mine, source.column or _text_column(rows, source.path)
 
 
-def _data_set(source: HubText, held_out: bool, piece: int) -> Documents:
+def _row(value: Any, column: str, where: str, render: Render) -> str:
+    """The text of a row, which may be empty."""
+    if value is None:
+        return ""
+    return row_text({"messages" if column == "messages" else "text": value}, where, render)
+
+
+def _data_set(source: HubText, held_out: bool, piece: int, render: Render) -> Documents:
     """A data set as documents."""
-    rows, share, column = _rows(source, held_out)
+    rows, mine, column = _rows(source, held_out)
     if source.separator is None:
-        return Documents(len(share), lambda index: rows[share[index]][column] or "")
+        where = f"data set {source.path}"
+        return Documents(len(mine), lambda index: _row(rows[mine[index]][column], column, where, render))
 
     # Rows that are lines: neighbours make one text of about one piece.
-    sample = rows[share.start : min(share.start + 256, share.stop)][column]
+    sample = rows[mine.start : min(mine.start + 256, mine.stop)][column]
     per_text = max(1, piece * len(sample) // max(1, sum(map(len, sample))))
     separator = source.separator
 
     def read(index: int) -> str:
-        start = share.start + index * per_text
-        return separator.join(rows[start : min(start + per_text, share.stop)][column])
+        start = mine.start + index * per_text
+        return separator.join(rows[start : min(start + per_text, mine.stop)][column])
 
-    return Documents(-(-len(share) // per_text), read)
+    return Documents(-(-len(mine) // per_text), read)
 
 
 def _split(splits: dict[str, Any], held_out: bool, path: str) -> tuple[Any, range]:
@@ -295,16 +269,18 @@ def _split(splits: dict[str, Any], held_out: bool, path: str) -> tuple[Any, rang
     if "train" not in splits:
         raise CalibrationError(f"calibration text {path!r}: no split named 'train'; it has: {', '.join(splits)}")
     rows = splits["train"]
-    return rows, range(len(rows)) if own else _share(len(rows), held_out)
+    return rows, range(len(rows)) if own else share(len(rows), held_out)
 
 
 def _text_column(rows: Any, path: str) -> str:
     strings = [name for name, feature in rows.features.items() if getattr(feature, "dtype", None) in ("string", "large_string")]
     if "text" in strings:
         return "text"
+    if "messages" in rows.features:
+        return "messages"
     if len(strings) != 1:
         raise CalibrationError(
-            f"calibration text {path!r}: no column named 'text', and {len(strings)} columns of strings ({', '.join(strings)}); "
-            "write the text you mean to a .jsonl file"
+            f"calibration text {path!r}: no column named 'text' or 'messages', and {len(strings)} columns of strings "
+            f"({', '.join(strings)}); write the text you mean to a .jsonl file"
         )
     return strings[0]

@@ -71,9 +71,17 @@ class WorkFolder:
         self._release()
 
     def remove(self) -> None:
-        """All of it, because the run is complete."""
-        shutil.rmtree(self.path)
+        """All of it, because the run is complete; last what tells that there was one."""
+        for path in sorted(self.path.iterdir(), key=lambda path: path.name == "run.json"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self.path.rmdir()
         self._release()
+
+    def remove_published(self) -> None:
+        """Remove what a run left that was killed after its checkpoint had got its place: a folder without a checkpoint."""
+        if (self.path / "run.json").is_file() and not self.payload.exists():
+            self._lock = _locked(self.path)
+            self.remove()
 
     def write(self, stem: str, sources: Sequence[TensorSource], record: Mapping[str, Any]) -> None:
         """A part of the checkpoint; one that is there already is not written again."""

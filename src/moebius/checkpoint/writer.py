@@ -71,6 +71,7 @@ class CheckpointWriter:
         if self.out.exists() and not self.out.is_dir():
             raise OutputError(f"{self.out}: is a file; give a folder that does not exist or is empty")
         if self.out.is_dir() and not self._is_free():
+            self.work.remove_published()
             raise OutputError(f"{self.out}: is not empty; give another folder, or remove it first")
         ancestor = next(parent for parent in (self.work.path, *self.work.path.parents) if parent.exists())
         if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):

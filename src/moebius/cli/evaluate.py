@@ -9,6 +9,7 @@ import typer
 
 from moebius.cli.options import (
     AsJson,
+    Bos,
     Device,
     DType,
     Model,
@@ -84,6 +85,7 @@ def evaluate(
     text: Text = None,
     windows: Windows = None,
     window_length: WindowLength = None,
+    bos: Bos = "auto",
     seed: Seed = 0,
     save_reference: Annotated[
         Path | None,
@@ -135,6 +137,7 @@ def evaluate(
         windows=windows,
         window_length=window_length,
         seed=seed,
+        bos=bos,
         dtype=dtype,
         device=device,
         batch_size=batch_size,

@@ -31,6 +31,7 @@ class Question:
     windows: int | None = None
     window_length: int | None = None
     seed: int = 0
+    bos: str = "auto"
     dtype: str = "float32"
     device: str = "cpu"
     batch_size: int | None = None
@@ -45,6 +46,7 @@ class Question:
             "windows": self.windows,
             "window_length": self.window_length,
             "seed": self.seed,
+            "bos": self.bos,
         }
 
 

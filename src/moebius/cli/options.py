@@ -43,6 +43,10 @@ Calibration = Annotated[
 ]
 Windows = Annotated[int, typer.Option(min=1, help="Windows of calibration tokens.")]
 WindowLength = Annotated[int, typer.Option(min=2, help="Tokens per window.")]
+Bos = Annotated[
+    Literal["auto", "on", "off"],
+    typer.Option("--bos", help="Whether windows begin with the begin-of-text token; auto: where the tokenizer adds it."),
+]
 Seed = Annotated[int, typer.Option(help="Which windows are drawn.")]
 Temperature = Annotated[
     float, typer.Option("--temperature", min=0.0, help="0: the likeliest token every time; above: tokens are drawn.")
@@ -71,6 +75,7 @@ CALIBRATION_WORDS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "windows": ("windows", int),
     "window_length": ("window_length", int),
     "seed": ("seed", int),
+    "bos": ("bos", str),
 }
 
 
@@ -139,14 +144,18 @@ def parse_settings(settings: list[str]) -> dict[str, str]:
     return parsed
 
 
-def calibration_from(text: str, windows: int, window_length: int, seed: int, split: str = "train") -> CalibrationSettings:
+def calibration_from(
+    text: str, windows: int, window_length: int, seed: int, split: str = "train", bos: str = "auto"
+) -> CalibrationSettings:
     """The settings, after a look whether a file that is meant is there.
 
     Raises:
         CalibrationError: a path that does not exist.
     """
     require_text(text)
-    return CalibrationSettings(text=text, windows=windows, window_length=window_length, seed=seed, split=split)
+    if bos not in ("auto", "on", "off"):
+        raise RecipeError(f"bos={bos}: wanted auto, on or off")
+    return CalibrationSettings(text=text, windows=windows, window_length=window_length, seed=seed, split=split, bos=bos)
 
 
 def require_text(text: str | None) -> None:

@@ -10,6 +10,7 @@ import typer
 from moebius.cli.options import (
     AsJson,
     Bits,
+    Bos,
     Calibration,
     Device,
     Method,
@@ -63,6 +64,7 @@ def quantize(
     calibration: Calibration = CalibrationSettings.text,
     windows: Windows = CalibrationSettings.windows,
     window_length: WindowLength = CalibrationSettings.window_length,
+    bos: Bos = "auto",
     seed: Seed = CalibrationSettings.seed,
     out: Annotated[
         Path | None,
@@ -78,7 +80,7 @@ def quantize(
     command is given again. The output folder appears at the end, complete.
     """
     recipe = recipe_from(method, bits, [*(set_ or []), *(["refine=true"] if refine else [])], rest)
-    settings = calibration_from(calibration, windows, window_length, seed)
+    settings = calibration_from(calibration, windows, window_length, seed, bos=bos)
     source = model_or_reference(model)
     # As given in messages; a folder that gave way to another one is found again by its whole path.
     folder = require_free((out or default_folder(source, recipe)).expanduser())

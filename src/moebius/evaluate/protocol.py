@@ -6,7 +6,6 @@ report since GPTQ (and MoBiE, KBVQ-MoE and BitsMoE with them), and ``llama.cpp``
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor
 
 from moebius.calibrate.builtin_text import builtin_documents
-from moebius.calibrate.tokens import HUB_TEXTS, calibration_windows, data_set_rows, is_data_set
+from moebius.calibrate.text_files import chat_template, whole_file, whole_rows
+from moebius.calibrate.tokens import HUB_TEXTS, begins_with, calibration_windows, data_set_rows, is_data_set
 from moebius.errors import CalibrationError, UnknownNameError
 from moebius.recipe import CalibrationSettings
 
@@ -59,7 +59,25 @@ class Protocol:
 
     window_length: int
     windows: int | None
-    make: Callable[[str, int | None, int, int, Any], EvaluationText]
+    make: Callable[[Wanted, Any], EvaluationText]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of a protocol.
+
+    Attributes:
+        text: as :func:`evaluation_text`.
+        windows: how many; None: all there are.
+        length: tokens per window.
+        bos: whether windows begin with the begin-of-text token: ``auto`` (where the tokenizer adds it), ``on``, ``off``.
+    """
+
+    text: str
+    windows: int | None
+    length: int
+    seed: int
+    bos: str
 
 
 def evaluation_text(
@@ -70,6 +88,7 @@ def evaluation_text(
     windows: int | None = None,
     window_length: int | None = None,
     seed: int = 0,
+    bos: str = "auto",
     positions: int | None = None,
 ) -> EvaluationText:
     """The windows of a text under a protocol.
@@ -81,6 +100,7 @@ def evaluation_text(
         tokenizer: of the model, from transformers.
         windows, window_length: None takes the protocol's own.
         seed: which windows ``windows`` draws; the others take them in order.
+        bos: of ``windows`` and ``llama.cpp``; ``gptq`` takes a text as the tokenizer gives it.
         positions: how many the model has, where that is known.
 
     Raises:
@@ -95,38 +115,38 @@ def evaluation_text(
             f"--window-length {window_length}: the model has {positions} positions; ask for no more than that"
         )
     length = window_length or min(spec.window_length, positions or spec.window_length)
-    return spec.make(text, windows if windows is not None else spec.windows, length, seed, tokenizer)
+    return spec.make(Wanted(text, windows if windows is not None else spec.windows, length, seed, bos), tokenizer)
 
 
-def _drawn(text: str, windows: int | None, length: int, seed: int, tokenizer: Any) -> EvaluationText:
-    settings = CalibrationSettings(text=text, windows=windows or 1, window_length=length, seed=seed, split="held-out")
+def _drawn(wanted: Wanted, tokenizer: Any) -> EvaluationText:
+    settings = CalibrationSettings(wanted.text, wanted.windows or 1, wanted.length, wanted.seed, "held-out", wanted.bos)
     tokens = calibration_windows(settings, tokenizer)
-    return EvaluationText("windows", f"{len(tokens)} windows of {length} tokens, drawn by seed {seed}", tokens)
+    return EvaluationText("windows", f"{len(tokens)} windows of {wanted.length} tokens, drawn by seed {wanted.seed}", tokens)
 
 
-def _gptq(text: str, windows: int | None, length: int, seed: int, tokenizer: Any) -> EvaluationText:
+def _gptq(wanted: Wanted, tokenizer: Any) -> EvaluationText:
     """``tokenizer("\\n\\n".join(rows))``, cut into consecutive windows; the rest at the end is dropped. Every token of a window
     but the first is scored (GPTQ's published evaluation code; the perplexity is the exponential of the mean over windows).
     """
-    ids = _token_ids(tokenizer, BLANK_LINE.join(_documents(text, BLANK_LINE)))
-    cut = _cut(ids, windows, length, text)
-    return EvaluationText("gptq", f"{len(cut)} consecutive windows of {length} tokens, documents joined by blank lines", cut)
+    if wanted.bos != "auto":
+        raise CalibrationError(f"bos={wanted.bos}: the gptq protocol takes a text as the tokenizer gives it; leave it at auto")
+    ids = _token_ids(tokenizer, BLANK_LINE.join(_documents(wanted.text, BLANK_LINE, tokenizer)))
+    cut = _cut(ids, wanted)
+    description = f"{len(cut)} consecutive windows of {wanted.length} tokens, documents joined by blank lines"
+    return EvaluationText("gptq", description, cut)
 
 
-def _llama_cpp(text: str, windows: int | None, length: int, seed: int, tokenizer: Any) -> EvaluationText:
+def _llama_cpp(wanted: Wanted, tokenizer: Any) -> EvaluationText:
     """The whole text in chunks; the first token of each gives way to BOS where the tokenizer begins texts with it, and only
     tokens after the middle are scored, so that each has at least half a chunk before it (llama.cpp, tools/perplexity).
     """
+    length = wanted.length
     if length < 4:
-        raise CalibrationError(
-            f"--window-length {length}: llama.cpp's protocol scores the second half of a chunk; give 4 or more"
-        )
-    ids = _token_ids(tokenizer, "".join(_documents(text, "")))
-    chunks = _cut(ids, windows, length, text).clone()
-    bos = tokenizer.bos_token_id
-    begins = bos is not None and len(ids) > 0 and int(ids[0]) == bos
+        raise CalibrationError(f"--window-length {length}: llama.cpp's protocol scores half of a chunk; give 4 or more")
+    chunks = _cut(_token_ids(tokenizer, "".join(_documents(wanted.text, "", tokenizer))), wanted).clone()
+    begins = begins_with(tokenizer, wanted.bos)
     if begins:
-        chunks[:, 0] = bos
+        chunks[:, 0] = begins[0]
     head = "BOS at the head of each" if begins else "no BOS, which this tokenizer does not add"
     description = f"{len(chunks)} chunks of {length} tokens, {head}, the second half of each scored"
     return EvaluationText("llama.cpp", description, chunks, first_target=length // 2 + 1, independent="tokens")
@@ -145,7 +165,8 @@ def _token_ids(tokenizer: Any, text: str) -> Tensor:
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
 
 
-def _cut(ids: Tensor, windows: int | None, length: int, text: str) -> Tensor:
+def _cut(ids: Tensor, wanted: Wanted) -> Tensor:
+    windows, length, text = wanted.windows, wanted.length, wanted.text
     count = len(ids) // length
     if count < max(1, windows or 1):
         raise CalibrationError(
@@ -156,38 +177,19 @@ def _cut(ids: Tensor, windows: int | None, length: int, text: str) -> Tensor:
     return ids[: count * length].view(count, length)
 
 
-def _documents(text: str, separator: str) -> list[str]:
+def _documents(text: str, separator: str, tokenizer: Any) -> list[str]:
     """The documents of a text, whole. Rows of a data set are taken as they are: those of WikiText end their lines themselves.
     Documents that are not lines of one file are kept apart by a blank line under either protocol.
     """
+    render = chat_template(tokenizer)
     if text == "builtin":
         documents = [document.text for document in builtin_documents("held-out")]
     elif is_data_set(text):
-        rows = data_set_rows(text)
+        rows = data_set_rows(text, render)
         if HUB_TEXTS.get(text) is not None and HUB_TEXTS[text].separator is not None:
             return rows
         documents = rows
     else:
         path = Path(text).expanduser()
-        documents = _json_rows(path) if path.suffix == ".jsonl" else [_read(path)]
+        documents = whole_rows(path, render) if path.suffix == ".jsonl" else [whole_file(path)]
     return documents if separator else [BLANK_LINE.join(documents)]
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"evaluation text {path}: cannot be read as UTF-8 ({error}); convert it first") from error
-
-
-def _json_rows(path: Path) -> list[str]:
-    rows = []
-    for number, line in enumerate(_read(path).splitlines(), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line)["text"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise CalibrationError(
-                    f"evaluation text {path}: line {number} is not a JSON object with a 'text' field"
-                ) from error
-    return rows
