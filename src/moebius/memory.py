@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import resource
+import sys
 from pathlib import Path
+
+import psutil
+
+from moebius.errors import ResourceError
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # what glibc's malloc.h calls them
 
@@ -20,10 +24,41 @@ def keep_freed_memory(most: int = 1 << 26) -> None:
     Args:
         most: as much may be held that nobody uses.
     """
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # Windows has no library of this process
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_MMAP_THRESHOLD, most)
         mallopt(_TRIM_THRESHOLD, most)
+
+
+_SPARE_BYTES = 1 << 27  # threads, libraries that are still to be loaded, what a pass works with
+
+
+def require_memory(wanted: int, what: str) -> None:
+    """Refuse work that will not fit: some libraries end the process when memory runs out, and say nothing that helps.
+
+    Args:
+        wanted: bytes that will be held.
+        what: for the message, such as ``./model in float32``.
+
+    Raises:
+        ResourceError: says how much there is and how much is wanted.
+    """
+    free = min(psutil.virtual_memory().available, _address_space())
+    if free < wanted + _SPARE_BYTES:
+        raise ResourceError(
+            f"{what}: {free / 1e9:.2f} GB of memory are free, wanted about {(wanted + _SPARE_BYTES) / 1e9:.2f} GB; moebius "
+            "plan says what a recipe takes; free some memory, or use a smaller dtype or model"
+        )
+
+
+def _address_space() -> float:
+    """What a limit on the address space leaves; without one, everything."""
+    try:
+        import resource
+    except ImportError:
+        return float("inf")
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return float("inf") if limit == resource.RLIM_INFINITY else float(limit - psutil.Process().memory_info().vms)
 
 
 #: For :func:`keep_freed_memory` where experts are quantized.
@@ -45,4 +80,14 @@ class PeakMemory:
         with contextlib.suppress(OSError, StopIteration):
             lines = Path("/proc/self/status").read_text().splitlines()
             return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return _peak_of_the_process()
+
+
+def _peak_of_the_process() -> int:
+    """Where there is no /proc: macOS counts bytes, other Unixes kilobytes; Windows has a counter of its own."""
+    try:
+        import resource
+    except ImportError:
+        info = psutil.Process().memory_info()
+        return int(getattr(info, "peak_wset", info.rss))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

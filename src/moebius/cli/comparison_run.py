@@ -151,7 +151,7 @@ def run_comparison(comparison: Comparison, work: WorkFolder, progress: Progress)
             kl=evaluation.kl,
             top1_agreement=evaluation.top1_agreement,
             routing_similarity=evaluation.routing_similarity,
-            completions=[complete(model, tokenizer, prompt, COMPLETION_TOKENS) for prompt in comparison.prompts],
+            completions=[complete(model, tokenizer, prompt, COMPLETION_TOKENS).text for prompt in comparison.prompts],
             **costs.get(label, {}),
         )
 

@@ -13,6 +13,7 @@ from moebius.errors import RecipeError
 from moebius.evaluate.evaluation import Evaluation, evaluate_model
 from moebius.evaluate.protocol import EvaluationText, evaluation_text
 from moebius.evaluate.reference import Reference, StoredReference, is_stored_reference, save_reference
+from moebius.models.limits import check_tokens, positions_of, tell_of_positions
 from moebius.progress import Progress
 
 # Logits of so many tokens are held at once: 1.2 GB in float32 at a vocabulary of 150,000.
@@ -113,5 +114,8 @@ def _stored(question: Question) -> StoredReference | None:
 
 def _text(question: Question, model: PreTrainedModel) -> EvaluationText:
     settings = question.settings()
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return evaluation_text(**settings, tokenizer=load_tokenizer(question.source), positions=positions)
+    positions = positions_of(model.config)
+    text = evaluation_text(**settings, tokenizer=load_tokenizer(question.source), positions=positions)
+    check_tokens(model, text.windows)
+    tell_of_positions(model.config, text.windows.shape[1])
+    return text

@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from moebius.cli.options import AsJson, Device, DType, Model, Quiet, Temperature, model_or_reference, require_device
+from moebius.cli.options import (
+    AsJson,
+    Device,
+    DType,
+    Model,
+    Quiet,
+    Seed,
+    Temperature,
+    model_or_reference,
+    require_device,
+    require_temperature,
+)
 from moebius.cli.output import note, print_json
 from moebius.errors import RecipeError
 
@@ -26,7 +37,7 @@ def generate(
     ] = None,
     tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="At most so many new tokens.")] = 64,
     temperature: Temperature = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    seed: Seed = 0,
     dtype: DType = "auto",
     device: Device = "cpu",
     as_json: AsJson = False,
@@ -35,6 +46,7 @@ def generate(
     """Continue a prompt, token by token."""
     if prompt == "":
         raise RecipeError("--prompt: got an empty text, wanted at least one character")
+    require_temperature(temperature)
     source = model_or_reference(model)
 
     from transformers import TextStreamer
@@ -43,15 +55,17 @@ def generate(
     from moebius.evaluate.samples import PROMPTS, complete
 
     require_device(device)
-    prompt = PROMPTS[0] if prompt is None else prompt
+    # Bytes that the terminal's encoding does not know come as halves of surrogate pairs, which no tokenizer takes.
+    prompt = PROMPTS[0] if prompt is None else prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     tokenizer = load_tokenizer(source)
     loaded = load_model(source, dtype, device)
     streamer = None if as_json else TextStreamer(tokenizer, skip_special_tokens=True)  # prints the prompt as well
     began = time.perf_counter()
-    completion = complete(loaded, tokenizer, prompt, tokens, temperature=temperature, seed=seed, streamer=streamer)
+    written = complete(loaded, tokenizer, prompt, tokens, temperature=temperature, seed=seed, streamer=streamer)
     seconds = time.perf_counter() - began
-    written = len(tokenizer(completion, add_special_tokens=False)["input_ids"])
     if as_json:
-        print_json({"model": source, "prompt": prompt, "completion": completion, "tokens": written, "seconds": seconds})
+        shown = {"completion": written.text, "tokens": written.tokens, "seconds": seconds}
+        print_json({"model": source, "prompt": prompt, **shown})
     elif not quiet:
-        note(f"{written} tokens in {seconds:.1f} s, {written / seconds:.1f} tokens/s with reading the prompt")
+        rate = written.tokens / seconds
+        note(f"{written.tokens} tokens in {seconds:.1f} s, {rate:.1f} tokens/s with reading the prompt")

@@ -11,8 +11,10 @@ from transformers.utils import logging
 
 import moebius  # noqa: F401  registers packed checkpoints with transformers
 from moebius.checkpoint.reader import SourceCheckpoint, locate
+from moebius.checkpoint.shards import read_folder
 from moebius.errors import CheckpointError, MoebiusError
 from moebius.evaluate.size import is_packed
+from moebius.memory import require_memory
 from moebius.models.load import why_not_loaded
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -31,6 +33,7 @@ def load_model(source: str | Path, dtype: str = "float32", device: str = "cpu") 
     """
     quiet_transformers()
     folder = checkpoint_folder(source)
+    require_memory(_bytes_in_memory(folder, dtype), f"{source} in {dtype if dtype != 'auto' else 'its own dtype'}")
     model = _loaded(AutoModelForCausalLM, source, folder, dtype=DTYPES[dtype])
     return model.eval().to(device)
 
@@ -54,6 +57,13 @@ def checkpoint_folder(source: str | Path) -> Path:
     folder = locate(source)
     # A packed checkpoint is checked against its manifest by what loads it.
     return folder if is_packed(folder) else SourceCheckpoint.open(folder).folder
+
+
+def _bytes_in_memory(folder: Path, dtype: str) -> int:
+    """Of the weights: 16-bit floats become ``dtype``, packed tensors stay what they are."""
+    tensors = read_folder(folder).values()
+    wide = 2 if dtype == "float32" else 1
+    return sum((t.end - t.begin) * (wide if t.dtype in ("F16", "BF16") else 1) for t in tensors)
 
 
 def quiet_transformers() -> None:

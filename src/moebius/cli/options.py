@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -47,7 +48,9 @@ Bos = Annotated[
     Literal["auto", "on", "off"],
     typer.Option("--bos", help="Whether windows begin with the begin-of-text token; auto: where the tokenizer adds it."),
 ]
-Seed = Annotated[int, typer.Option(help="Which windows are drawn.")]
+#: As far as PyTorch's generators and numpy's agree on.
+LARGEST_SEED = 2**63 - 1
+Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of whatever is drawn: windows, tokens.")]
 Temperature = Annotated[
     float, typer.Option("--temperature", min=0.0, help="0: the likeliest token every time; above: tokens are drawn.")
 ]
@@ -198,6 +201,16 @@ def require_device(device: str) -> str:
     except (RuntimeError, AssertionError):
         raise RecipeError(f"--device {device}: torch cannot use it here; wanted cpu, or cuda where there is one") from None
     return device
+
+
+def require_temperature(temperature: float) -> None:
+    """Refuse what is no number.
+
+    Raises:
+        RecipeError: NaN, which every comparison lets through.
+    """
+    if math.isnan(temperature):
+        raise RecipeError(f"--temperature {temperature}: wanted 0 or more")
 
 
 def options_help() -> str:

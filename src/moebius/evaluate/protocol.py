@@ -101,19 +101,15 @@ def evaluation_text(
         windows, window_length: None takes the protocol's own.
         seed: which windows ``windows`` draws; the others take them in order.
         bos: of ``windows`` and ``llama.cpp``; ``gptq`` takes a text as the tokenizer gives it.
-        positions: how many the model has, where that is known.
+        positions: how many the model has, where that is known: a protocol's own windows are no longer than that.
 
     Raises:
         UnknownNameError: no such protocol.
-        CalibrationError: a window longer than the model's positions, or a text shorter than one window.
+        CalibrationError: a text shorter than one window.
     """
     if protocol not in PROTOCOLS:
         raise UnknownNameError(f"no protocol named {protocol!r}; known: {', '.join(PROTOCOLS)}")
     spec = PROTOCOLS[protocol]
-    if window_length is not None and positions is not None and window_length > positions:
-        raise CalibrationError(
-            f"--window-length {window_length}: the model has {positions} positions; ask for no more than that"
-        )
     length = window_length or min(spec.window_length, positions or spec.window_length)
     return spec.make(Wanted(text, windows if windows is not None else spec.windows, length, seed, bos), tokenizer)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from moebius.models.limits import check_tokens, tell_of_positions
 from moebius.runtime.generation import Session, end_tokens_of
 
 #: They suit a model that has read nothing but Python's documentation and sources, as the reference model has.
@@ -16,6 +18,14 @@ PROMPTS = (
     'def is_prime(number):\n    """Return True if',
     'class Stack:\n    """A',
 )
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote: the text, and of how many tokens it is."""
+
+    text: str
+    tokens: int
 
 
 def complete(
@@ -27,8 +37,8 @@ def complete(
     temperature: float = 0.0,
     seed: int = 0,
     streamer: Any = None,
-) -> str:
-    """The text that the model puts after a prompt.
+) -> Written:
+    """What the model puts after a prompt.
 
     Args:
         prompt: at least one token long.
@@ -36,8 +46,12 @@ def complete(
         temperature: 0 takes the likeliest token every time; above, tokens are drawn.
         seed: of the draws.
         streamer: a transformers streamer that is fed token by token.
+
+    Raises:
+        ShapeError: a prompt that tokenizes to nothing.
     """
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)  # (1, tokens)
+    # Of an empty list, tokenizers make a tensor of floats.
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]], dtype=torch.int64, device=model.device)  # (1, tokens)
     return answer(Session(model), tokenizer, ids, tokens, temperature=temperature, seed=seed, streamer=streamer)
 
 
@@ -50,9 +64,11 @@ def answer(
     temperature: float = 0.0,
     seed: int = 0,
     streamer: Any = None,
-) -> str:
-    """The text that the model of a session puts after ``ids``, (1, tokens) int64; the rest as :func:`complete`."""
-    ends = end_tokens_of(session.model)
+) -> Written:
+    """What the model of a session puts after ``ids``, (1, tokens) int64; the rest as :func:`complete`."""
+    check_tokens(session.model, ids)
+    tell_of_positions(session.model.config, ids.shape[1] + tokens)
+    ends = end_tokens_of(session.model, tokenizer)
     if streamer is not None:
         streamer.put(ids)
     written = []
@@ -62,15 +78,21 @@ def answer(
             streamer.put(token)
     if streamer is not None:
         streamer.end()
-    return str(tokenizer.decode(torch.cat(written) if written else [], skip_special_tokens=True))
+    return Written(str(tokenizer.decode(torch.cat(written) if written else [], skip_special_tokens=True)), len(written))
 
 
 class Shown(TextStreamer):
-    """Prints an answer as it is written, without its prompt, and remembers it in ``text``."""
+    """Prints an answer as it is written, without its prompt, and remembers its ``text`` and how many ``tokens`` it has."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.text = ""
+        self.tokens = -1  # the prompt is put first
+
+    def put(self, value: Tensor) -> None:
+        """A prompt (1, tokens), then token after token (1,)."""
+        self.tokens += 1
+        super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self.text += text

@@ -20,14 +20,15 @@ from moebius.checkpoint.manifest import FORMAT_VERSION
 from moebius.checkpoint.names import expert_tensor_names
 from moebius.checkpoint.reader import SourceCheckpoint
 from moebius.checkpoint.writer import CheckpointWriter
-from moebius.errors import CalibrationError, CheckpointError, UnsupportedModelError, first_line
+from moebius.errors import CheckpointError, UnsupportedModelError, first_line
 from moebius.formats import Packed, PackedProjection
-from moebius.memory import PeakMemory
+from moebius.memory import PeakMemory, require_memory
 from moebius.methods import METHODS
 from moebius.methods.base import Method
 from moebius.methods.linear import packed_linears, quantize_linear
 from moebius.methods.router import quantize_router
 from moebius.models.layout import read_weights
+from moebius.models.limits import check_tokens, tell_of_positions
 from moebius.models.load import check_coverage, load_moe_model, skeleton
 from moebius.pipeline.refine import refine
 from moebius.progress import Progress, Silent
@@ -143,8 +144,10 @@ def _checked_early(
     windows = None
     if job.needs != "nothing" or job.method.survey is not None:
         windows = _windows(checkpoint.folder, calibration, moe)
+        tell_of_positions(moe.model.config, windows.shape[1])
     rest = sum(tensor.end - tensor.begin for name, tensor in checkpoint.tensors.items() if name not in replaced)
     writer.require_room(rest + bits // 8)
+    require_memory(sum(tensor.end - tensor.begin for tensor in checkpoint.tensors.values()), str(checkpoint.folder))
     return windows
 
 
@@ -313,13 +316,7 @@ def _windows(folder: Path, calibration: CalibrationSettings, moe: MoeModel) -> T
             "calibration needs one"
         ) from error
     windows = calibration_windows(calibration, tokenizer)
-    embeddings: Any = moe.model.get_input_embeddings()
-    rows = len(embeddings.weight)
-    if int(windows.max()) >= rows:
-        raise CalibrationError(
-            f"{folder}: its tokenizer gives token {int(windows.max())}, but the model has {rows} embeddings; "
-            "is it the tokenizer of this model?"
-        )
+    check_tokens(moe.model, windows)
     return windows
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from moebius.errors import ShapeError
 from moebius.runtime.attention import use_single_query_attention
 from moebius.runtime.cache import can_go_on, make_room
 from moebius.runtime.direct import DirectForward, direct_forward
@@ -48,9 +49,14 @@ class Session:
             seed: of the draws.
             end_tokens: a text ends with one of them. When all have ended, so does the stream.
 
+        Raises:
+            ShapeError: a prompt of no tokens.
+
         Yields:
             The next token of each text, (batch,) int64; of a text that has ended, its end token again.
         """
+        if ids.shape[1] == 0:
+            raise ShapeError("prompt: got no tokens, wanted at least one; its text tokenizes to nothing")
         generator = torch.Generator(device=ids.device).manual_seed(seed)
         ends = torch.tensor(sorted(end_tokens), dtype=torch.int64, device=ids.device)
         ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
@@ -100,14 +106,18 @@ class Session:
         return ids
 
 
-def end_tokens_of(model: PreTrainedModel) -> set[int]:
-    """The tokens that end a text, as the model's generation settings say."""
+def end_tokens_of(model: PreTrainedModel, tokenizer: Any = None) -> set[int]:
+    """The tokens that end a text: those of the model's generation settings and the tokenizer's; either may know one alone."""
     ends = getattr(model.generation_config, "eos_token_id", None)
-    return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+    named = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+    own = getattr(tokenizer, "eos_token_id", None)
+    return named if own is None else {*named, own}
 
 
 def _pick(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
     """(batch, vocabulary) to (batch,)"""
     if temperature == 0:
         return logits.argmax(-1)
-    return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator).squeeze(1)
+    # In float64 and from the largest down, so that no temperature a float can hold divides to something else than a number.
+    below = logits.double() - logits.amax(-1, keepdim=True).double()
+    return torch.multinomial((below / temperature).softmax(-1), 1, generator=generator).squeeze(1)
