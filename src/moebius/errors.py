@@ -52,3 +52,8 @@ class KernelError(MoebiusError):
 
 class ResourceError(MoebiusError):
     """Too little memory or disk for what was asked, or a process that was ended for want of it."""
+
+
+def first_line(error: BaseException, most: int = 300) -> str:
+    """What an error says, as part of a message of one line; its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:most]

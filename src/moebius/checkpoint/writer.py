@@ -14,6 +14,8 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from moebius.checkpoint.companions import copy_companions
+from moebius.checkpoint.guards import guard_sources
 from moebius.checkpoint.manifest import MANIFEST_NAME, manifest_text
 from moebius.checkpoint.reader import SourceCheckpoint
 from moebius.checkpoint.shards import INDEX_NAME, MemoryTensor, StoredTensor, byte_count, read_shard, write_shard, write_text
@@ -23,10 +25,6 @@ from moebius.formats.projection import projection_from_tensors
 
 #: Bytes of a shard of copied tensors; a single larger tensor gets a shard of its own.
 REST_SHARD_BYTES = 2_000_000_000
-
-# Weights in any format, what this module writes itself, and the model card, which describes another model.
-_NOT_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"}
-_WRITTEN_HERE = {"config.json", MANIFEST_NAME, INDEX_NAME, "README.md", "pytorch_model.bin.index.json"}
 
 
 class KeptTensors(Mapping[str, Tensor]):
@@ -111,6 +109,7 @@ class CheckpointWriter:
         """
         sources = [MemoryTensor(f"{path}.{key}", t) for path, p in packed.items() for key, t in p.tensors().items()]
         specs = {path: p.spec() for path, p in packed.items()}
+        sources += guard_sources(specs)
         self._write_recorded(f"packed-{name}", sources, {"name": name, "entry": entry, "modules": specs})
 
     def keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -175,11 +174,9 @@ class CheckpointWriter:
         entries = {name: e for record in self._read_records("") for name, e in record["tensors"].items()}
         total = sum(byte_count(e["dtype"], e["shape"]) for e in entries.values())
         index = {"metadata": {"total_size": total}, "weight_map": {n: e["file"] for n, e in sorted(entries.items())}}
-        config = {**checkpoint.config, "quantization_config": quantization_config}
+        config = checkpoint.packed_config(quantization_config)
         with self._writing():
-            for path in sorted(checkpoint.folder.iterdir()):
-                if path.is_file() and path.suffix not in _NOT_COPIED and path.name not in _WRITTEN_HERE and path.name[0] != ".":
-                    shutil.copyfile(path, self._payload / path.name)
+            copy_companions(checkpoint.folder, self._payload)
             write_text(self._payload / INDEX_NAME, json.dumps(index, indent=1) + "\n")
             write_text(self._payload / MANIFEST_NAME, manifest_text(entries))
             write_text(self._payload / "config.json", json.dumps(config, indent=1) + "\n")
