@@ -1,8 +1,8 @@
 """Guards: empty tensors under the names of the parameters that packed tensors stand for.
 
 transformers without Moebius only warns about a quantization it does not know, and fills what it finds no tensor for with
-random numbers. With a tensor of no elements under the parameter's own name, whose shape fits no matrix, it raises instead (unless
-it is told ``ignore_mismatched_sizes=True``, which nothing stored can help). A guard takes no byte but its line in the header.
+random numbers. With a tensor of no elements under the parameter's own name, whose shape fits no matrix, it raises instead
+(unless it is told ``ignore_mismatched_sizes=True``, which nothing stored can help). A guard takes its line in the header alone.
 """
 
 from __future__ import annotations

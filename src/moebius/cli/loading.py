@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,15 @@ from transformers.utils import logging
 
 import moebius  # noqa: F401  registers packed checkpoints with transformers
 from moebius.checkpoint.reader import SourceCheckpoint, locate
-from moebius.errors import CheckpointError, MoebiusError
+from moebius.errors import CheckpointError, MoebiusError, first_line
 from moebius.evaluate.size import is_packed
+from moebius.hf.hashes import HASHES
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_model(source: str | Path, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
-    """A causal language model in evaluation mode, its files checked first.
+    """A causal language model in evaluation mode, its files checked first, also by their hashes unless ``MOEBIUS_HASHES=0``.
 
     Args:
         source: folder or hub name.
@@ -29,6 +31,7 @@ def load_model(source: str | Path, dtype: str = "float32", device: str = "cpu") 
         MoebiusError: no such model, or a checkpoint that is damaged.
     """
     quiet_transformers()
+    os.environ.setdefault(HASHES, "1")
     folder = checkpoint_folder(source)
     model = _loaded(AutoModelForCausalLM, source, folder, dtype=DTYPES[dtype])
     return model.eval().to(device)
@@ -67,4 +70,5 @@ def _loaded(kind: Any, source: str | Path, folder: Path, **options: Any) -> Any:
     except MoebiusError:
         raise
     except Exception as error:  # whatever transformers, tokenizers and safetensors raise for files they cannot read
-        raise CheckpointError(f"{source}: transformers cannot load it: {type(error).__name__}: {error}") from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise CheckpointError(f"{source}: transformers cannot load it: {reason}") from error

@@ -1,30 +1,41 @@
-"""Packed modules under accelerate's hooks, which move parameters to where a module runs."""
+"""Packed modules under accelerate's hooks, which fetch the tensors of a module when it is called."""
 
 from __future__ import annotations
 
+from typing import Any
+
+from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module
 from torch import nn
 
-from moebius.runtime.packed_experts import PackedExpertsMixin
+from moebius.runtime.packed_experts import PackedExpertsMixin, forget_ready
 
 
-def fetch_whole_layers(model: nn.Module) -> None:
-    """Make a hook on packed experts fetch all of their tensors.
+class FetchParts(ModelHook):
+    """Fetches what packed experts read before they run, and lets go of it afterwards.
 
-    accelerate hooks every module that holds tensors of its own, and fetches them when that module is called. The parts of
-    packed experts are never called: the experts read them. So the hook of the experts fetches them all, and theirs go.
+    The parts of packed experts hold the tensors, and so the hooks, but are never called themselves: the experts read them.
     """
-    if not any(hasattr(module, "_hf_hook") for module in model.modules()):
-        return
-    from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module, remove_hook_from_module
 
+    def __init__(self, parts: list[tuple[nn.Module, AlignDevicesHook]]) -> None:
+        self.parts = parts
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        for part, hook in self.parts:
+            hook.pre_forward(part)
+        return args, kwargs
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        forget_ready(module)  # the kernel's copy would keep every layer in memory
+        for part, hook in self.parts:
+            hook.post_forward(part, None)
+        return output
+
+
+def fetch_parts(model: nn.Module) -> None:
+    """Hook the packed experts of a model whose tensors were offloaded to the disk; others are left alone."""
     for module in model.modules():
-        if not isinstance(module, PackedExpertsMixin):
-            continue
-        parts = [(name, part) for name, part in module.named_modules() if name]
-        hooks = [(name, h) for name, part in parts if isinstance(h := getattr(part, "_hf_hook", None), AlignDevicesHook)]
-        offloading = [(name, hook) for name, hook in hooks if hook.offload]
-        if not offloading:
-            continue
-        print(module.__class__, [(n, vars(h)) for n, h in offloading][:1], getattr(module, "_hf_hook", None))
-        del SequentialHook, add_hook_to_module, remove_hook_from_module
-        break
+        if isinstance(module, PackedExpertsMixin):
+            hooks = [(part, getattr(part, "_hf_hook", None)) for part in module.modules() if part is not module]
+            parts = [(part, hook) for part, hook in hooks if isinstance(hook, AlignDevicesHook) and hook.offload]
+            if parts:
+                add_hook_to_module(module, FetchParts(parts), append=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,15 +21,12 @@ from moebius.errors import CheckpointError, UnsupportedModelError
 from moebius.formats.base import empty_like_spec
 from moebius.formats.projection import empty_projection
 from moebius.hf.config import MoebiusConfig
-from moebius.hf.offload import fetch_whole_layers
+from moebius.hf.hashes import hashes_wanted
 from moebius.hf.paths import paths_in, renamed_beginnings
 from moebius.hf.save import save_packed
 
 if TYPE_CHECKING:  # modeling_utils imports the table that this class is registered in
     from transformers import PreTrainedModel
-
-#: Environment variable: "1" compares every tensor with its hash before it is loaded, as the command line does unless it is "0".
-HASHES = "MOEBIUS_HASHES"
 
 register_quantization_config("moebius")(MoebiusConfig)
 
@@ -58,7 +54,7 @@ class MoebiusQuantizer(HfQuantizer):
             stored = read_files(sorted(set(files)))
             self.source_folder = files[0].parent
             manifest = _manifest(self.source_folder, model.config)
-            verify_modules(stored, manifest, config.modules, hashes=_hashes_wanted())
+            verify_modules(stored, manifest, config.modules, hashes=hashes_wanted())
         paths = paths_in(model, config.modules)
         self._beginnings = renamed_beginnings(paths)
         _ignore_guards(model, config.modules, paths)
@@ -75,7 +71,10 @@ class MoebiusQuantizer(HfQuantizer):
             wrong = ~tensor.isfinite() if name in self._packed_names else tensor.isnan()
             if wrong.any():
                 raise CheckpointError(f"{name}: holds NaN or Inf; the file is damaged, fetch it again")
-        fetch_whole_layers(model)
+        if any(hasattr(module, "_hf_hook") for module in model.modules()):
+            from moebius.hf.offload import fetch_parts
+
+            fetch_parts(model)
         model.__dict__["save_pretrained"] = functools.partial(save_packed, model)
         return model
 
@@ -201,13 +200,6 @@ def _ignore_guards(model: PreTrainedModel, modules: Mapping[str, Any], paths: Ma
     pattern = "^(?:" + "|".join(sorted(map(re.escape, names))) + ")$"
     known = model._keys_to_ignore_on_load_unexpected or []
     model._keys_to_ignore_on_load_unexpected = {*known, pattern}
-
-
-def _hashes_wanted() -> bool:
-    value = os.environ.get(HASHES, "0").lower()
-    if value not in ("0", "1", "true", "false", ""):
-        raise CheckpointError(f"{HASHES}: got {value!r}, wanted 1 (compare every tensor with its hash) or 0")
-    return value in ("1", "true")
 
 
 def _manifest(folder: Path, config: Any) -> Path:

@@ -41,7 +41,7 @@ def save_packed(model: PreTrainedModel, save_directory: str | Path, **options: A
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder}: is a file; give a folder")
     push, main = options.pop("push_to_hub", False), options.get("is_main_process", True)
-    hub = {name: options.pop(name) for name in ("repo_id", "commit_message", "create_pr") if name in options}
+    hub: dict[str, Any] = {name: options.pop(name, None) for name in ("repo_id", "commit_message", "create_pr")}
     options = {**options, "save_original_format": False}
     if not main:
         type(model).save_pretrained(model, folder, **options)
@@ -91,11 +91,11 @@ def _upload(model: PreTrainedModel, folder: Path, written: set[str], token: Any,
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
-    repo_id = api.create_repo(hub.get("repo_id", folder.absolute().name), exist_ok=True).repo_id
+    repo_id = api.create_repo(hub["repo_id"] or folder.absolute().name, exist_ok=True).repo_id
     api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
         allow_patterns=sorted(written),
-        commit_message=hub.get("commit_message") or "Upload model",
-        create_pr=hub.get("create_pr", False),
+        commit_message=hub["commit_message"] or "Upload model",
+        create_pr=bool(hub["create_pr"]),
     )

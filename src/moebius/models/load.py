@@ -188,11 +188,11 @@ def _linears_outside(model: PreTrainedModel, layers: Sequence[MoeLayer]) -> tupl
     """Linear layers outside of experts and routers that have a matrix of their own, in the order of the modules."""
     experts = tuple(f"{layer.name}." for layer in layers)
     routers = {layer.router_name for layer in layers}
-    head = model.get_output_embeddings() if getattr(model.config.get_text_config(), "tie_word_embeddings", False) else None
+    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
     return tuple(
         name
         for name, linear in _linears(model)
-        if linear.out_features > 1 and linear is not head and name not in routers and not name.startswith(experts)
+        if linear.out_features > 1 and f"{name}.weight" not in tied and name not in routers and not name.startswith(experts)
     )
 
 

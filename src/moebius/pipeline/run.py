@@ -16,7 +16,7 @@ from moebius.calibrate.layerwise import STATES_IN_MEMORY, states_bytes
 from moebius.calibrate.stream import StatisticsRequest, stream_statistics
 from moebius.calibrate.tokens import calibration_windows, windows_digest
 from moebius.checkpoint.manifest import FORMAT_VERSION
-from moebius.checkpoint.names import expert_tensor_names
+from moebius.checkpoint.names import expert_tensor_names, tied_copies
 from moebius.checkpoint.reader import SourceCheckpoint
 from moebius.checkpoint.writer import CheckpointWriter
 from moebius.errors import CheckpointError, UnsupportedModelError
@@ -70,11 +70,11 @@ def quantize_model(
     clock, memory = _Clock(), PeakMemory()
     writer = CheckpointWriter(out)
     checkpoint = SourceCheckpoint.open(source)
-    checkpoint.check_finite(checkpoint.names(), progress)
-    moe = load_moe_model(checkpoint.folder)
+    moe = load_moe_model(checkpoint.folder, dtype=checkpoint.dtype)
     job = _Job(moe, recipe, device)
     check_coverage(moe, job.expert_parameters())  # now, and not after hours; the same for a checkpoint of another model
-    expert_tensor_names(checkpoint, moe.model, job.expert_parameters())
+    copied = set(checkpoint.names()) - expert_tensor_names(checkpoint, moe.model, job.packed_paths())
+    checkpoint.check_finite(checkpoint.names(), progress, infinite=copied)
     windows = None if job.needs == "nothing" else _windows(checkpoint.folder, calibration)
     settings: dict[str, Any] = {"recipe": recipe.to_dict()}
     if windows is not None:
@@ -99,7 +99,7 @@ def quantize_model(
 
     modules = writer.modules()
     check_coverage(moe, modules)
-    writer.copy_rest(checkpoint, expert_tensor_names(checkpoint, moe.model, modules))
+    writer.copy_rest(checkpoint, expert_tensor_names(checkpoint, moe.model, modules) | tied_copies(checkpoint, moe.model))
     entries = writer.entries()
     report = {"format_version": FORMAT_VERSION, **settings, "layers": [entries[name] for name in job.unit_names()], **refined}
     config = {"quant_method": "moebius", "format_version": FORMAT_VERSION, **settings, "modules": modules}
@@ -196,6 +196,11 @@ class _Job:
     def expert_parameters(self) -> list[str]:
         """Paths of the parameters that will be packed."""
         return [path for layer in self.moe.moe_layers for path in _parameter_paths(layer).values()]
+
+    def packed_paths(self) -> list[str]:
+        """Paths of everything that will be packed: experts, and routers and linear layers where the recipe says so."""
+        routers = [layer.router_name for layer in self.moe.moe_layers if self.binary_router and layer.router_name is not None]
+        return [*self.expert_parameters(), *routers, *packed_linears(self.moe, self.recipe)]
 
     def unit_names(self) -> list[str]:
         """Every unit, in the order of the report."""
