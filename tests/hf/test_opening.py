@@ -77,10 +77,10 @@ def test_start_costs_no_import() -> None:
     assert done.stdout.startswith("set()") and "RegisterWhenImported" in done.stdout and not done.stderr
 
 
-def test_a_package_that_cannot_be_imported_does_not_stop_transformers(tmp_path: Path) -> None:
-    (tmp_path / "moebius.py").write_text("raise RuntimeError('broken')")
-    done = python("import transformers.quantizers.auto as a; print(len(a.AUTO_QUANTIZER_MAPPING))", PYTHONPATH=str(tmp_path))
-    assert done.returncode == 0 and int(done.stdout) > 5 and "packed checkpoints will not load (broken)" in done.stderr
+def test_a_package_that_cannot_be_imported_does_not_stop_transformers() -> None:
+    broken = "import sys; sys.modules['moebius'] = None"  # an import of it fails from now on
+    done = python(f"{broken}; import transformers.quantizers.auto as a; print(len(a.AUTO_QUANTIZER_MAPPING))")
+    assert done.returncode == 0 and int(done.stdout) > 5 and "packed checkpoints will not load" in done.stderr
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -102,17 +102,17 @@ def test_turned_off_it_raises(packed: Path, kind: str) -> None:
     assert done.returncode == 1 and done.stdout == "" and "ignore_mismatched_sizes" in done.stderr
 
 
-@pytest.mark.parametrize("kept", ["experts", "linear", "router"])
-def test_each_guard_alone_is_enough(copy: Path, kept: str) -> None:
+@pytest.mark.parametrize("kept", ["mlp.experts.down_proj", "shared_expert.up_proj.weight", "mlp.gate.weight"])
+def test_each_guard_alone_is_enough(tmp_path: Path, kept: str) -> None:
     """Experts, packed linear layers and packed routers: none may be random."""
-    endings = {"experts": "experts.down_proj", "linear": "o_proj.weight", "router": "mlp.gate.weight"}
-    if kept == "linear":
-        pytest.skip("nothing of this model is packed outside experts and routers")
-    for path in copy.glob("packed-*.safetensors"):
-        tensors = load_file(path)
-        save_file({n: t for n, t in tensors.items() if t.numel() or n.endswith(endings[kept])}, path, {"format": "pt"})
-    done = python(LOAD.format(kind="AutoModelForCausalLM", folder=str(copy)), MOEBIUS_REGISTER="0")
-    assert done.returncode == 1 and done.stdout == ""
+    folder = save_packed_tiny("qwen2_moe", tmp_path, everything=True)
+    found = 0
+    for path in folder.glob("packed-*.safetensors"):
+        tensors = {n: t for n, t in load_file(path).items() if t.numel() or n.endswith(kept)}
+        found += sum(not t.numel() for t in tensors.values())
+        save_file(tensors, path, {"format": "pt"})
+    done = python(LOAD.format(kind="AutoModelForCausalLM", folder=str(folder)), MOEBIUS_REGISTER="0")
+    assert found and done.returncode == 1 and done.stdout == "" and "ignore_mismatched_sizes" in done.stderr
 
 
 def test_written_before_there_were_guards(copy: Path, packed: Path) -> None:
@@ -155,7 +155,7 @@ def test_a_layer_that_modules_leaves_out(copy: Path, guards: bool) -> None:
 def test_all_modules_left_out(copy: Path) -> None:
     leave_out(copy, "layers")
     for opens in (load, moebius.verify):
-        with pytest.raises(CheckpointError, match="no packed `modules`|leaves it out"):
+        with pytest.raises(CheckpointError, match=r"no packed `modules`|leaves it out"):
             opens(copy)
 
 
@@ -201,11 +201,7 @@ def test_disk_offload_with_buffers(packed: Path, tmp_path: Path) -> None:
     places = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "disk", "model.norm": "cpu"}
     places |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
     model = load(packed, device_map=places, offload_folder=tmp_path / "offload", offload_buffers=True)
-    assert (
-        model.model.layers[0].mlp.experts.down_proj.factor.codes.is_meta
-        if hasattr(model.model.layers[0].mlp.experts.down_proj.factor, "codes")
-        else True
-    )
+    assert all(buffer.is_meta for buffer in model.model.layers[0].mlp.experts.buffers())
     for _ in range(2):
         assert torch.equal(logits(model), logits(load(packed)))
 
