@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 LOWEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 
-.PHONY: demo test lowest check style bench clean
+.PHONY: demo test lowest kills check style bench clean
 
 demo: $(READY)  ## the reference model from 16 bit to one, with a table, a figure and what each model writes
 	rm -rf demo
@@ -19,6 +19,9 @@ lowest: $(READY)  ## loading and quantizing with the lowest transformers that py
 	rm -rf build/lowest
 	$(BIN)/python -m pip install -q --no-deps --target build/lowest 'transformers==$(LOWEST)'
 	PYTHONPATH=build/lowest $(BIN)/python -m pytest -n 2 --dist loadfile tests/hf tests/pipeline/test_run.py
+
+kills: $(READY)  ## 210 runs that are killed at file-system operations and finished: the bytes of a run that was not stopped
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kills --count 70
 
 check: $(READY)  ## linter, formatter and types
 	$(BIN)/ruff check .

@@ -7,7 +7,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,13 @@ class SourceCheckpoint:
         folder: where it is.
         config: its ``config.json``.
         tensors: what its files hold, by checkpoint name, in the order of the names.
+        stamps: size and time of change of its config and weights when it was opened.
     """
 
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, StoredTensor]
+    stamps: dict[Path, tuple[int, int]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, source: str | Path) -> SourceCheckpoint:
@@ -58,7 +60,8 @@ class SourceCheckpoint:
         tensors = dict(sorted(read_folder(folder, config).items()))
         refuse_codes(tensors, source)
         _say_leftovers(folder, leftovers(weight_files(folder, config)[1], tensors))
-        return cls(folder, config, tensors)
+        files = {folder / "config.json", *(tensor.file for tensor in tensors.values())}
+        return cls(folder, config, tensors, {file: _stamp(file) for file in sorted(files)})
 
     @property
     def dtype(self) -> torch.dtype:
@@ -109,6 +112,16 @@ class SourceCheckpoint:
                     digest.update(chunk)
         return digest.hexdigest()
 
+    def check_unchanged(self) -> None:
+        """Refuse a checkpoint that somebody wrote to since it was opened.
+
+        Raises:
+            CheckpointError: naming the file.
+        """
+        for file, stamp in self.stamps.items():
+            if not file.exists() or _stamp(file) != stamp:
+                raise CheckpointError(f"{file}: was changed while it was read; nothing was written, run again")
+
     def check_finite(
         self, names: Collection[str], progress: Progress | None = None, infinite: Collection[str] = frozenset()
     ) -> None:
@@ -135,6 +148,11 @@ class SourceCheckpoint:
                         f"{self.tensors[name].file}: {name} holds {bad} values that are NaN or Inf; it cannot be quantized"
                     )
             progress.advance(name)
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def locate(source: str | Path) -> Path:

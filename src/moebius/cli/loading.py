@@ -12,9 +12,10 @@ from transformers.utils import logging
 
 import moebius  # noqa: F401  registers packed checkpoints with transformers
 from moebius.checkpoint.reader import SourceCheckpoint, locate
-from moebius.errors import CheckpointError, MoebiusError, first_line
+from moebius.errors import CheckpointError, MoebiusError
 from moebius.evaluate.size import is_packed
 from moebius.hf.hashes import HASHES
+from moebius.models.load import why_not_loaded
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -70,5 +71,4 @@ def _loaded(kind: Any, source: str | Path, folder: Path, **options: Any) -> Any:
     except MoebiusError:
         raise
     except Exception as error:  # whatever transformers, tokenizers and safetensors raise for files they cannot read
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise CheckpointError(f"{source}: transformers cannot load it: {reason}") from error
+        raise CheckpointError(f"{source}: transformers cannot load it: {why_not_loaded(error)}") from error

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from moebius.formats import Packed, PackedProjection
+from moebius.kernels.choice import tell_once
 from moebius.kernels.routed_experts import prepare
-from moebius.runtime.packed_module import PackedMixin, PackedTensors, Watched, packed_of, swap
+from moebius.kernels.routed_experts.reference import routed_experts
+from moebius.runtime.packed_module import PackedMixin, PackedTensors, Watched, packed_of, swap, wants_gradients
 from moebius.types import ExpertsLayout
 
 
@@ -29,21 +32,25 @@ class ProjectionTensors(nn.Module):
 
 
 class PackedExpertsMixin(PackedMixin):
-    """Runs the experts from their packed matrices. Biases, activation and gate are the module's own."""
+    """Runs the experts from their packed matrices. Biases, activation and gate are the module's own.
 
+    Where gradients are taken, the definition runs, which has them: of the hidden state, the routing weights and the biases.
+    """
+
+    # A graph would hold the tensors of the layer it was traced with, and not see that others took their place.
+    @torch.compiler.disable
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As transformers' experts: (tokens, hidden), (tokens, top_k), (tokens, top_k) to (tokens, hidden)."""
         module: Any = self
         layout = packed_layout(self)
+        own = [getattr(module, f"{name}_bias") if layout.has_bias else None for name in (layout.gate_up_name, layout.down_name)]
         ready = ready_experts(self)
-        return ready.experts(
-            hidden_states,
-            top_k_index,
-            top_k_weights,
-            _activation(module),
-            _bias(ready.gate_up, getattr(module, f"{layout.gate_up_name}_bias") if layout.has_bias else None),
-            _bias(ready.down, getattr(module, f"{layout.down_name}_bias") if layout.has_bias else None),
-        )
+        biases = _bias(ready.gate_up, own[0]), _bias(ready.down, own[1])
+        if wants_gradients(hidden_states, top_k_weights, *own):
+            tell_once("gradients are taken through packed experts: they are unpacked in plain PyTorch, which is slower")
+            factors = ready.gate_up, ready.down
+            return routed_experts(hidden_states, top_k_index, top_k_weights, *factors, _activation(module), *biases)
+        return ready.experts(hidden_states, top_k_index, top_k_weights, _activation(module), *biases)
 
 
 def _activation(module: Any) -> Callable[[Tensor], Tensor]:

@@ -50,7 +50,7 @@ def routed_experts(
     largest = max(p.factor.rows * p.factor.columns for p in (gate_up, down))
     most = min(gate_up.factor.batch, max(1, _UNPACKED_WEIGHTS // largest))
     # Gradients want all matrices once more, and then each has to have memory of its own.
-    buffer = None if hidden.requires_grad else inputs.new_empty(most * largest)
+    buffer = None if torch.is_grad_enabled() else inputs.new_empty(most * largest)
     for experts, members, valid in _groups(slots, gate_up.factor.batch, most):
         chosen = members[valid]
         states = torch.bmm(inputs[members // top_k], _unpacked(gate_up.factor, experts, buffer).mT)[valid]
