@@ -10,16 +10,16 @@ from moebius.errors import CheckpointError
 from moebius.json_file import field, read_object
 
 BROKEN: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "not valid JSON"),
-    "half": (b'{"a": [1, 2', "not valid JSON"),
+    "empty": (b"", "not a JSON object"),
+    "half": (b'{"a": [1, 2', "not a JSON object"),
     "a list": (b"[]", "not a JSON object"),
     "null": (b"null", "not a JSON object"),
     "byte order mark": (b"\xef\xbb\xbf{}", "byte order mark"),
     "Latin-1": (b'{"a": "\xe4"}', "not UTF-8"),
     "UTF-16": ("{}".encode("utf-16"), "not UTF-8"),
-    "zeros": (b"\0" * 64, "not valid JSON"),
+    "zeros": (b"\0" * 64, "not a JSON object"),
     "deep": (b'{"a":' * 100_000, "nested too deeply"),
-    "giant number": (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"),
+    "giant number": (b'{"a": ' + b"9" * 5000 + b"}", "not a JSON object"),
     "half a character": (b'{"a": "\\ud800"}', "not UTF-8"),
 }
 

@@ -52,7 +52,7 @@ def parse_object(content: bytes, where: str) -> dict[str, Any]:
         raise CheckpointError(f"{where}: cannot be read: nested too deeply; fetch it again") from None
     except ValueError as error:
         reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{where}: cannot be read: not valid JSON ({reason}); fetch it again") from None
+        raise CheckpointError(f"{where}: cannot be read: not a JSON object ({reason}); fetch it again") from None
     if not isinstance(parsed, dict):
         raise CheckpointError(f"{where}: not a JSON object; fetch it again")
     return parsed

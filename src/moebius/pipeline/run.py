@@ -73,7 +73,7 @@ def quantize_model(
     with CheckpointWriter(out) as writer:
         checkpoint = SourceCheckpoint.open(source)
         windows = _checked_early(checkpoint, recipe, calibration, device, writer)
-        moe = load_moe_model(checkpoint.folder, dtype=checkpoint.dtype)
+        moe = load_moe_model(checkpoint.folder, **_stored_dtype(checkpoint))
         job = _Job(moe, recipe, device)
         check_coverage(moe, job.expert_parameters())  # now, and not after hours; the same for a checkpoint of another model
         copied = set(checkpoint.names()) - expert_tensor_names(checkpoint, moe.model, job.packed_paths())
@@ -146,6 +146,12 @@ def _checked_early(
     rest = sum(tensor.end - tensor.begin for name, tensor in checkpoint.tensors.items() if name not in replaced)
     writer.require_room(rest + bits // 8)
     return windows
+
+
+def _stored_dtype(checkpoint: SourceCheckpoint) -> dict[str, torch.dtype]:
+    """What to load the weights as where the config does not say the dtype they are stored in."""
+    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    return {} if f"torch.{named}" == str(checkpoint.dtype) else {"dtype": checkpoint.dtype}
 
 
 def _machine(device: str) -> dict[str, Any]:
