@@ -148,7 +148,7 @@ def _checked_early(
     return windows
 
 
-def _stored_dtype(checkpoint: SourceCheckpoint) -> dict[str, torch.dtype]:
+def _stored_dtype(checkpoint: SourceCheckpoint) -> dict[str, Any]:
     """What to load the weights as where the config does not say the dtype they are stored in."""
     named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
     return {} if f"torch.{named}" == str(checkpoint.dtype) else {"dtype": checkpoint.dtype}
