@@ -33,7 +33,8 @@ def logits_of(folder: Path) -> torch.Tensor:
 
 
 def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+    """Without guards, which hold nothing."""
+    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items() if t.numel()}
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ import moebius  # noqa: F401  registers packed checkpoints with transformers
 from moebius.checkpoint.reader import SourceCheckpoint, locate
 from moebius.errors import CheckpointError, MoebiusError
 from moebius.evaluate.size import is_packed
+from moebius.hf.hashes import HASHES
 from moebius.models.load import why_not_loaded
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_model(source: str | Path, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
-    """A causal language model in evaluation mode, its files checked first.
+    """A causal language model in evaluation mode, its files checked first, also by their hashes unless ``MOEBIUS_HASHES=0``.
 
     Args:
         source: folder or hub name.
@@ -30,6 +32,7 @@ def load_model(source: str | Path, dtype: str = "float32", device: str = "cpu") 
         MoebiusError: no such model, or a checkpoint that is damaged.
     """
     quiet_transformers()
+    os.environ.setdefault(HASHES, "1")
     folder = checkpoint_folder(source)
     model = _loaded(AutoModelForCausalLM, source, folder, dtype=DTYPES[dtype])
     return model.eval().to(device)

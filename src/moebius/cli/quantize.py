@@ -104,7 +104,7 @@ def quantize(
     print_tables(size_table(f"{display_name(model)} → {folder}", size))
     seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in report["seconds"].items())
     note(f"{seconds}; peak memory {report['peak_memory_bytes'] / 1e9:.2f} GB")
-    note(f'import moebius, then AutoModelForCausalLM.from_pretrained("{folder}"); or: moebius generate {folder}')
+    note(f'AutoModelForCausalLM.from_pretrained("{folder}") loads it; or: moebius generate {folder}')
 
 
 def default_folder(source: str, recipe: Recipe) -> Path:

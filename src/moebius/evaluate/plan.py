@@ -8,11 +8,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig
 
 from moebius.calibrate.layerwise import STATES_IN_MEMORY, states_bytes
+from moebius.checkpoint.names import expert_tensor_names
+from moebius.checkpoint.quantized import refuse_quantized_config
 from moebius.checkpoint.reader import SourceCheckpoint
+from moebius.errors import CheckpointError, ModelNotFoundError
 from moebius.evaluate.size import ModelSize, ModuleSize, experts_per_token, file_bytes, folder_bytes, packed_module
 from moebius.formats import Packed, PackedProjection
 from moebius.methods import METHODS
@@ -89,21 +93,47 @@ def plan_model(source: PretrainedConfig | str | Path, recipe: Recipe, calibratio
         ModelNotFoundError: no such file, folder or name.
         UnsupportedModelError: a model without experts that Moebius can read.
     """
+    dtype = _stored_dtype(source)
     moe = skeleton(source)
+    refuse_quantized_config(moe.model.config.to_dict(), moe.model.config.model_type)
+    _in_dtype(moe, dtype)
     before = _original_size(moe)
     return Plan(
         before, _size_after(moe, before, recipe), len(moe.moe_layers), _peak_memory(moe, recipe, calibration, before.top_k)
     )
 
 
+def _stored_dtype(source: PretrainedConfig | str | Path) -> torch.dtype | None:
+    """Of the weights, where they lie beside the config; a plan needs none.
+
+    Raises:
+        UnsupportedModelError: they are quantized already.
+    """
+    if isinstance(source, PretrainedConfig) or not Path(source).expanduser().is_dir():
+        return None
+    try:
+        return SourceCheckpoint.open(source).dtype
+    except (CheckpointError, ModelNotFoundError):
+        return None
+
+
+def _in_dtype(moe: MoeModel, dtype: torch.dtype | None) -> None:
+    """The stored dtype decides what the original takes, not what the config says, or leaves out."""
+    if dtype is not None and dtype != moe.model.dtype:
+        nn.Module.to(moe.model, dtype)
+
+
 def checkpoint_size(source: str | Path) -> ModelSize:
-    """The size of a checkpoint that is not packed; expert weights are counted in the dtype of its config.
+    """The size of a checkpoint that is not packed; expert weights are counted in the dtype that most bytes are stored in.
 
     Raises:
         MoebiusError: as :func:`plan_model`, or a damaged checkpoint.
     """
     checkpoint = SourceCheckpoint.open(source)
-    size = _original_size(skeleton(checkpoint.folder))
+    moe = skeleton(checkpoint.folder)
+    expert_tensor_names(checkpoint, moe.model, [_path(layer, p) for layer in moe.moe_layers for p in PROJECTIONS])
+    _in_dtype(moe, checkpoint.dtype)
+    size = _original_size(moe)
     return ModelSize(
         modules=size.modules,
         other_weights=sum(math.prod(t.shape) for t in checkpoint.tensors.values()) - size.expert_weights,

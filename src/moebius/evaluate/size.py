@@ -6,18 +6,17 @@ expert weight, bits per weight of the whole model, bytes on disk; and, labelled 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moebius.checkpoint.manifest import packed_from_spec, quantization_of, read_packed_config
 from moebius.checkpoint.shards import StoredTensor, read_folder
 from moebius.errors import CheckpointError
 from moebius.formats import Packed, PackedProjection
-from moebius.formats.base import empty_like_spec
-from moebius.formats.projection import empty_projection
+from moebius.json_file import read_object
 
 _TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts", "experts_per_token")
 
@@ -169,14 +168,11 @@ def packed_checkpoint_size(folder: Path) -> ModelSize:
     Raises:
         CheckpointError: a folder without ``quantization_config`` of Moebius, or files that hold other bits than it says.
     """
-    config = json.loads((folder / "config.json").read_text())
-    quantization = _quantization(config)
-    if quantization.get("quant_method") != "moebius":
-        raise CheckpointError(f"{folder}: got a checkpoint that Moebius did not pack; wanted one with quant_method 'moebius'")
-    stored = read_folder(folder)
+    config, quantization = read_packed_config(folder)
+    stored = read_folder(folder, config)
     modules, claimed = [], set()
     for name, spec in quantization["modules"].items():
-        packed = empty_projection(spec) if "factor" in spec else empty_like_spec(spec)
+        packed = packed_from_spec(name, spec)
         module = packed_module(name, packed)
         names = {f"{name}.{tensor}" for tensor in packed.tensors()}
         in_files = sum(_bits(stored[n]) for n in names & stored.keys())
@@ -211,19 +207,15 @@ def _bits(tensor: StoredTensor) -> int:
 
 def is_packed(folder: Path) -> bool:
     """Whether a local folder is a checkpoint that Moebius packed."""
-    config = folder / "config.json"
-    return config.is_file() and _quantization(json.loads(config.read_text())).get("quant_method") == "moebius"
-
-
-def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    return config.get("quantization_config") or {}
+    path = folder / "config.json"
+    return path.is_file() and quantization_of(read_object(path), path) is not None
 
 
 def experts_per_token(config: Mapping[str, Any]) -> int | None:
     """Top-k of a model, by whichever name its config.json uses; None if by none that is known."""
     for part in (config, *_nested(config.values())):
         for name in _TOP_K_NAMES:
-            if isinstance(part.get(name), int):
+            if isinstance(part.get(name), int) and part[name] > 0:
                 return part[name]
     return None
 

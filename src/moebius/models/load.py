@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from moebius.errors import CheckpointError, CoverageError, ModelNotFoundError, UnsupportedModelError, first_line
+from moebius.json_file import read_object
 from moebius.models.layout import layout_of
 from moebius.types import ExpertsLayout, MoeLayer, MoeModel
+
+_MOST_LAYERS = 10_000
 
 # What transformers' decoders call the matrices of an MLP. Attention and state-space mixers use none of these names.
 _MLP_LINEARS = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "fc1", "fc2"}
@@ -79,8 +81,8 @@ def skeleton(source: PretrainedConfig | str | Path) -> MoeModel:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, ImportError, AttributeError, TypeError) as error:
-        raise UnsupportedModelError(f"{config.model_type}: not a causal language model: {_one_line(error)}") from error
+    except Exception as error:  # whatever odd numbers in a config do to the constructor of a model
+        raise UnsupportedModelError(f"{config.model_type}: not a causal language model: {first_line(error)}") from error
     return describe(model)
 
 
@@ -204,11 +206,11 @@ def _linears_outside(model: PreTrainedModel, layers: Sequence[MoeLayer]) -> tupl
     """Linear layers outside of experts and routers that have a matrix of their own, in the order of the modules."""
     experts = tuple(f"{layer.name}." for layer in layers)
     routers = {layer.router_name for layer in layers}
-    head = model.get_output_embeddings() if model.config.get_text_config().tie_word_embeddings else None
+    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
     return tuple(
         name
         for name, linear in _linears(model)
-        if linear.out_features > 1 and linear is not head and name not in routers and not name.startswith(experts)
+        if linear.out_features > 1 and f"{name}.weight" not in tied and name not in routers and not name.startswith(experts)
     )
 
 
@@ -236,22 +238,24 @@ def _read_config(source: str | Path) -> Any:
         file = path / "config.json" if path.is_dir() else path
         if not file.is_file():
             raise ModelNotFoundError(f"{source}: no config.json in this folder; is it a transformers checkpoint?")
-        try:
-            model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type")
-        except (ValueError, AttributeError) as error:
-            raise CheckpointError(f"{file}: not a JSON object: {_one_line(error)}") from error
-        if not model_type:
+        content = read_object(file)
+        if not content.get("model_type"):
             raise CheckpointError(f"{file}: no model_type in it; is it the config of a transformers checkpoint?")
+        _check_depth(content, file)
     try:
         return AutoConfig.from_pretrained(location)
     except OSError as error:
         raise ModelNotFoundError(
-            f"{source}: neither a folder here nor a model that can be fetched from the hub ({_one_line(error)})"
+            f"{source}: neither a folder here nor a model that can be fetched from the hub ({first_line(error)})"
         ) from error
     except Exception as error:  # an unknown model_type is a ValueError, a field of the wrong type one of huggingface_hub's own
-        raise UnsupportedModelError(f"{source}: transformers cannot read its config: {_one_line(error)}") from error
+        raise UnsupportedModelError(f"{source}: transformers cannot read its config: {first_line(error)}") from error
 
 
-def _one_line(error: Exception) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _check_depth(config: dict[str, Any], file: Path) -> None:
+    """Refuse a config with so many layers that building the model, even without weights, would not end."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            _check_depth(value, file)
+        elif name.endswith(("layers", "depth", "n_layer")) and isinstance(value, int) and value > _MOST_LAYERS:
+            raise CheckpointError(f"{file}: {name} is {str(value)[:20]}, wanted at most {_MOST_LAYERS}; is the file damaged?")
