@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from moebius.errors import CheckpointError, CoverageError, ModelNotFoundError, UnsupportedModelError, first_line
 from moebius.json_file import read_object
+from moebius.models import parts
 from moebius.models.layout import layout_of
-from moebius.types import ExpertsLayout, MoeLayer, MoeModel
+from moebius.types import MoeLayer, MoeModel
 
 _MOST_LAYERS = 10_000
-
-# What transformers' decoders call the matrices of an MLP. Attention and state-space mixers use none of these names.
-_MLP_LINEARS = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "fc1", "fc2"}
-_MLP_LINEARS |= {"c_fc", "input_linear", "output_linear", "dense_h_to_4h", "dense_4h_to_h"}
 
 
 def load_moe_model(source: str | Path, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu") -> MoeModel:
@@ -104,22 +101,22 @@ def describe(model: PreTrainedModel) -> MoeModel:
     layers = []
     for name, module, layout in fused:
         if name.startswith(decoder_name + "."):
-            router_name = _router_name(model, name, layout)
-            router = model.get_submodule(router_name) if router_name else None
+            found = parts.router_name(model, name, layout)
+            router = model.get_submodule(found) if found else None
             index = int(name.removeprefix(decoder_name + ".").split(".")[0])
-            layers.append(MoeLayer(name, module, layout, router_name, router, index))
+            layers.append(MoeLayer(name, module, layout, found, router, index))
     layers.sort(key=lambda layer: layer.decoder_layer)  # stable: two in one layer stay in the order of the modules
     with_experts = {layer.decoder_layer for layer in layers}
     shared, dense = [], []
     for index, layer in enumerate(decoder):
-        for name, linear in _linears(layer):
-            path, parts = f"{decoder_name}.{index}.{name}", name.split(".")
+        for name, linear in parts.linears(layer):
+            path, last = f"{decoder_name}.{index}.{name}", name.split(".")[-1]
             # The gate of a shared expert has one output: nothing worth packing.
             if index in with_experts and "shared" in name and linear.out_features > 1:
                 shared.append(path)
-            if index not in with_experts and parts[-1] in _MLP_LINEARS:
+            if index not in with_experts and last in parts.MLP_LINEARS:
                 dense.append(path)
-    linears = _linears_outside(model, layers)
+    linears = parts.linears_outside(model, decoder_name, layers)
     return MoeModel(model, tuple(layers), decoder, decoder_name, tuple(shared), tuple(dense), linears)
 
 
@@ -186,38 +183,6 @@ def _decoder_name(model: nn.Module, experts: list[str]) -> str:
     if not holders:
         raise UnsupportedModelError(f"{experts[0]}: these experts are not part of a list of decoder layers")
     return max(holders, key=lambda path: holders[path])
-
-
-def _router_name(model: nn.Module, experts_name: str, layout: ExpertsLayout) -> str | None:
-    """The module beside the experts whose 2-D ``weight`` has one row per expert; the nearest one if there are several."""
-    block_name, _, own = experts_name.rpartition(".")
-    found = []
-    for name, module in model.get_submodule(block_name).named_modules():
-        weight = getattr(module, "weight", None)
-        if name.split(".")[0] == own or "shared" in name or not isinstance(weight, nn.Parameter) or weight.ndim != 2:
-            continue
-        if weight.shape[0] == layout.experts and name.split(".")[-1] not in _MLP_LINEARS:
-            # Experts in a latent space have another width than their router: the width only ranks.
-            found.append((name.count("."), weight.shape[1] != layout.hidden, name))
-    return f"{block_name}.{min(found)[2]}" if found else None
-
-
-def _linears_outside(model: PreTrainedModel, layers: Sequence[MoeLayer]) -> tuple[str, ...]:
-    """Linear layers outside of experts and routers that have a matrix of their own, in the order of the modules."""
-    experts = tuple(f"{layer.name}." for layer in layers)
-    routers = {layer.router_name for layer in layers}
-    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
-    return tuple(
-        name
-        for name, linear in _linears(model)
-        if linear.out_features > 1 and f"{name}.weight" not in tied and name not in routers and not name.startswith(experts)
-    )
-
-
-def _linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    for name, child in module.named_modules():
-        if isinstance(child, nn.Linear):
-            yield name, child
 
 
 def _location(source: str | Path) -> str:
