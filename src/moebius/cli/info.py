@@ -64,6 +64,8 @@ def info(
     if counted := [layer for layer in layers if "tokens_per_expert" in layer]:
         tables.append(tokens_table(counted))
     print_tables(*tables)
+    if said := size.not_loaded.line():
+        note(said)
     if verify:
         note("verified: every tensor is the one that was written")
 

@@ -19,7 +19,7 @@ from moebius.cli.options import (
     options_help,
     recipe_from,
 )
-from moebius.cli.output import print_json, print_tables
+from moebius.cli.output import note, print_json, print_tables
 from moebius.recipe import CalibrationSettings, Recipe
 from moebius.report.tables import TextTable, number
 from moebius.report.tables import size as bytes_text
@@ -70,6 +70,8 @@ def plan(
         print_json({"model": source, "recipe": recipe.to_dict(), **planned.to_dict()})
     else:
         print_tables(*plan_tables(display_name(model), recipe.method, planned))
+        if said := planned.before.not_loaded.line():
+            note(said)
 
 
 def plan_tables(name: str, method: str, plan: Plan) -> list[TextTable]:

@@ -7,16 +7,18 @@ expert weight, bits per weight of the whole model, bytes on disk; and, labelled 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moebius.checkpoint.manifest import packed_from_spec, quantization_of, read_packed_config
+from moebius.checkpoint.not_loaded import NotLoaded, not_loaded
 from moebius.checkpoint.shards import StoredTensor, read_folder
-from moebius.errors import CheckpointError
+from moebius.errors import CheckpointError, UnsupportedModelError
 from moebius.formats import Packed, PackedProjection
 from moebius.json_file import read_object
+from moebius.models.load import skeleton
 
 _TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts", "experts_per_token")
 
@@ -68,6 +70,7 @@ class ModelSize:
         top_k: experts per token; None if the config does not say.
         file_bytes: of the safetensors files; None for a plan.
         folder_bytes: of everything in the folder; None for a plan.
+        not_loaded: the part of ``other_weights`` that transformers does not load.
     """
 
     modules: tuple[ModuleSize, ...]
@@ -76,6 +79,7 @@ class ModelSize:
     top_k: int | None
     file_bytes: int | None = None
     folder_bytes: int | None = None
+    not_loaded: NotLoaded = field(default_factory=NotLoaded)
 
     @property
     def experts(self) -> tuple[ModuleSize, ...]:
@@ -133,6 +137,7 @@ class ModelSize:
             "file_bytes": self.file_bytes,
             "folder_bytes": self.folder_bytes,
             "experts_per_token": self.top_k,
+            "not_loaded": self.not_loaded.to_dict(),
             "modules": [
                 {
                     "name": m.name,
@@ -188,7 +193,16 @@ def packed_checkpoint_size(folder: Path) -> ModelSize:
         top_k=experts_per_token(config),
         file_bytes=file_bytes(folder),
         folder_bytes=folder_bytes(folder),
+        not_loaded=_not_loaded(folder, stored, claimed),
     )
+
+
+def _not_loaded(folder: Path, stored: Mapping[str, StoredTensor], claimed: Collection[str]) -> NotLoaded:
+    try:
+        moe = skeleton(folder)
+    except UnsupportedModelError:  # of a model that this transformers does not know, sizes can still be said
+        return NotLoaded()
+    return not_loaded(stored, moe, claimed)
 
 
 def file_bytes(folder: Path) -> int:
