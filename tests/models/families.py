@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+_MOST_WEIGHTS = 6_000_000
+
 #: Field of a config to its value in a tiny model, by a pattern of its name; the first that fits counts.
 _SMALL: list[tuple[str, Any]] = [
     (r"vocab_size|unpadded_vocab_size|vocab_size_per_layer_input", 65),
@@ -39,7 +41,8 @@ _SMALL: list[tuple[str, Any]] = [
     (r"mamba_n_heads|mamba_num_heads", 4),
     (r"mamba_d_head|mamba_head_dim", 16),
     (r"mamba_n_groups|n_groups", 1),
-    (r"num_mtp_layers|num_nextn_predict_layers|num_kv_shared_layers|router_jitter_noise", 0),
+    (r"num_mtp_layers|num_nextn_predict_layers|num_kv_shared_layers", 0),
+    (r"router_jitter_noise", 0.0),
     (r"(bos|eos)_token_id", 64),
     (r"pad_token_id", 0),
     (r"(hc|gated_norm|loop_gate|hc_low)_?(mult|count|rank|lowrank)", 2),
@@ -47,6 +50,18 @@ _SMALL: list[tuple[str, Any]] = [
 
 #: What a family needs besides: its layers are of several kinds, or a number of it follows from others.
 _OWN: dict[str, dict[str, Any]] = {
+    "inkling2_text": {"n_layers_per_attn_res_block": 1},
+    "inkling2_loop_text": {"loop_layer_index_start": 1, "loop_layer_index_end": 2, "loop_num_passes": 2,
+                           "n_layers_per_attn_res_block": 1},
+    "hunyuan_v1_moe": {"head_dim": 16},
+    "qwen4_exp_text": {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "indexer_n_heads": 2,
+                       "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 16, "indexer_compress_ratio": 4,
+                       "ple_layer_ids": [1], "ple_embed_dim": 32, "ngram_vocab_size_base": 101, "split_ngram_parts": 1,
+                       "make_ngram_vocab_size_divisible_by": 8, "heads_per_ngram": 2},
+    "dots3_note_text": {"num_hidden_layers": 4, "swa_num_key_value_heads": 4, "swa_num_attention_heads": 4, "num_key_value_heads": 4},
+    "beam": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "cohere2_moe": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "bailing_hybrid": {"num_hidden_layers": 4, "layer_group_size": 2},
     "zaya": {"num_experts_per_tok": 1, "layer_types": ["hybrid", "hybrid_sliding", "hybrid"]},
     "glm_moe_dsa": {"num_key_value_heads": 4, "indexer_types": ["full", "full", "shared"]},
     "hy_v4": {"num_key_value_heads": 4},
@@ -81,12 +96,17 @@ def tiny(model_type: str, seed: int = 0) -> PreTrainedModel:
     values: dict[str, Any] = {}
     for field in dataclasses.fields(kind):
         small = next((value for pattern, value in _SMALL if re.fullmatch(pattern, field.name)), None)
-        if small is not None and not (field.default is None and field.name != "pad_token_id"):
+        optional = field.default is None and re.search(r"lora_rank|latent|head_dim|first_k", field.name)
+        if small is not None and not optional:
             values[field.name] = small
     if "kv_lora_rank" in values:
         values["num_key_value_heads"] = 4
     values.update(_OWN.get(model_type, {}))
     config = kind(**{name: value for name, value in values.items() if value is not None})
+    with torch.device("meta"):
+        weights = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+    if weights > _MOST_WEIGHTS:
+        raise ValueError(f"{weights:,} weights, wanted at most {_MOST_WEIGHTS:,}")
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)

@@ -59,9 +59,8 @@ def not_loaded(tensors: Mapping[str, StoredTensor], moe: MoeModel, claimed: Coll
     """
     known = parameters_of(tensors.keys(), moe.model)
     found = {name: tensor for name, tensor in tensors.items() if name not in known and name not in claimed}
-    names = dict.fromkeys(_together(name, moe) for name in found)
     return NotLoaded(
-        names=tuple(names),
+        names=tuple(sorted({_together(name, moe) for name in found})),
         tensors=len(found),
         weights=sum(math.prod(tensor.shape) for tensor in found.values()),
         bytes=sum(tensor.end - tensor.begin for tensor in found.values()),

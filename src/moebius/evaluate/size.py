@@ -15,7 +15,7 @@ from typing import Any
 from moebius.checkpoint.manifest import packed_from_spec, quantization_of, read_packed_config
 from moebius.checkpoint.not_loaded import NotLoaded, not_loaded
 from moebius.checkpoint.shards import StoredTensor, read_folder
-from moebius.errors import CheckpointError, UnsupportedModelError
+from moebius.errors import CheckpointError, MoebiusError
 from moebius.formats import Packed, PackedProjection
 from moebius.json_file import read_object
 from moebius.models.load import skeleton
@@ -200,7 +200,7 @@ def packed_checkpoint_size(folder: Path) -> ModelSize:
 def _not_loaded(folder: Path, stored: Mapping[str, StoredTensor], claimed: Collection[str]) -> NotLoaded:
     try:
         moe = skeleton(folder)
-    except UnsupportedModelError:  # of a model that this transformers does not know, sizes can still be said
+    except MoebiusError:  # of a model that this transformers does not know, sizes can still be said
         return NotLoaded()
     return not_loaded(stored, moe, claimed)
 
