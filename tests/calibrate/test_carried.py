@@ -9,8 +9,9 @@ import torch
 from tests.models.families import tiny
 from torch import Tensor, nn
 
-from moebius.calibrate.layerwise import HiddenStates, LayerRunner, LayerState, calibrating, check_layerwise, frozen
+from moebius.calibrate.layerwise import LayerRunner, calibrating, check_layerwise, frozen
 from moebius.calibrate.observe import observed
+from moebius.calibrate.states import HiddenStates, LayerState
 from moebius.calibrate.stream import StatisticsRequest, stream_statistics
 from moebius.errors import UnsupportedModelError
 from moebius.models.load import describe
@@ -48,7 +49,8 @@ def test_the_gradient_comes_back_by_every_way(name: str) -> None:
     whole = fisher_of_the_whole(moe)
     assert set(whole) == set(got)
     for layer, wanted in whole.items():
-        assert (found := got[layer]) is not None
+        found = got[layer]
+        assert found is not None
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
 
 
@@ -86,7 +88,7 @@ def test_states_on_disk_come_back_whole(tmp_path: Path) -> None:
 
 def test_what_cannot_be_carried_is_refused_before_any_layer() -> None:
     moe = describe(tiny("inkling2_text"))  # its layers are given the outputs of several before
-    with pytest.raises(UnsupportedModelError, match="Inkling2ForCausalLM: model.layers .* layer by layer") as refused:
+    with pytest.raises(UnsupportedModelError, match=r"Inkling2ForCausalLM: model.layers .* layer by layer") as refused:
         next(stream_statistics(moe, IDS, StatisticsRequest(gradients=False)))
     assert "\n" not in str(refused.value)
 

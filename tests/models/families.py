@@ -17,7 +17,7 @@ _MOST_WEIGHTS = 6_000_000
 
 #: Field of a config to its value in a tiny model, by a pattern of its name; the first that fits counts.
 _SMALL: list[tuple[str, Any]] = [
-    (r"vocab_size|unpadded_vocab_size|vocab_size_per_layer_input", 65),
+    (r"vocab_size|unpadded_vocab_size|vocab_size_per_layer_input", 257),
     (r"hidden_size|embedding_size", 32),
     (r"(.*_)?(moe|shared_experts?|shared|expert)_intermediate_size", 24),
     (r"(.*_)?intermediate_size", 40),
@@ -43,7 +43,7 @@ _SMALL: list[tuple[str, Any]] = [
     (r"mamba_n_groups|n_groups", 1),
     (r"num_mtp_layers|num_nextn_predict_layers|num_kv_shared_layers", 0),
     (r"router_jitter_noise", 0.0),
-    (r"(bos|eos)_token_id", 64),
+    (r"(bos|eos)_token_id", 256),
     (r"pad_token_id", 0),
     (r"(hc|gated_norm|loop_gate|hc_low)_?(mult|count|rank|lowrank)", 2),
 ]
@@ -58,15 +58,16 @@ _OWN: dict[str, dict[str, Any]] = {
                        "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 16, "indexer_compress_ratio": 4,
                        "ple_layer_ids": [1], "ple_embed_dim": 32, "ngram_vocab_size_base": 101, "split_ngram_parts": 1,
                        "make_ngram_vocab_size_divisible_by": 8, "heads_per_ngram": 2},
-    "dots3_note_text": {"num_hidden_layers": 4, "swa_num_key_value_heads": 4, "swa_num_attention_heads": 4, "num_key_value_heads": 4},
+    "dots3_note_text": {"num_hidden_layers": 4, "swa_num_key_value_heads": 4, "swa_num_attention_heads": 4,
+                        "num_key_value_heads": 4},
     "beam": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
     "cohere2_moe": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
     "bailing_hybrid": {"num_hidden_layers": 4, "layer_group_size": 2},
     "zaya": {"num_experts_per_tok": 1, "layer_types": ["hybrid", "hybrid_sliding", "hybrid"]},
     "glm_moe_dsa": {"num_key_value_heads": 4, "indexer_types": ["full", "full", "shared"]},
     "hy_v4": {"num_key_value_heads": 4},
-    "gemma4_text": {"enable_moe_block": True, "num_kv_shared_layers": 1, "layer_types": ["sliding_attention", "full_attention"] * 2,
-                    "num_hidden_layers": 4},
+    "gemma4_text": {"enable_moe_block": True, "num_kv_shared_layers": 1, "num_hidden_layers": 4,
+                    "layer_types": ["sliding_attention", "full_attention"] * 2},
     "gpt_oss": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"]},
     "qwen3_next": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},

@@ -9,10 +9,11 @@ import torch
 from tests.models.families import families, tiny
 from tests.tiny import byte_tokenizer
 from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moebius.calibrate.layerwise import LayerRunner, check_layerwise, frozen
 from moebius.errors import UnsupportedModelError
-from moebius.models.load import describe
+from moebius.models.load import describe, skeleton
 from moebius.pipeline import quantize_model
 from moebius.recipe import CalibrationSettings, Recipe
 
@@ -66,3 +67,11 @@ def test_family_runs_layer_by_layer(name: str) -> None:
         for index in range(len(moe.decoder)):
             state = runner.layer(index, IDS, state)
         torch.testing.assert_close(runner.logits(IDS, state), wanted)
+
+
+@pytest.mark.parametrize("model_type", ["aria", "mistral4", "openai_privacy_filter"])
+def test_other_classes_are_refused_in_one_line(model_type: str) -> None:
+    with pytest.raises(
+        UnsupportedModelError, match=rf"^{model_type}: not a causal language model of [^\n]*not packed yet[^\n]*$"
+    ):
+        skeleton(CONFIG_MAPPING[model_type]())

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.models.families import tiny
-from tests.tiny import tiny_model
+from tests.tiny import byte_tokenizer, tiny_model
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from moebius.methods.linear import packed_linears
 from moebius.models.load import describe
 from moebius.models.parts import router_module
-from moebius.recipe import Recipe
+from moebius.pipeline import quantize_model
+from moebius.recipe import CalibrationSettings, Recipe
 
 
 def test_all_of_a_router_with_layers_of_its_own_stays() -> None:
@@ -62,3 +65,20 @@ def test_towers_are_not_rounded(inside: bool) -> None:
     owner.tower.layers = tower.layers[:1]
     assert describe(model).linears == alone
     assert "lm_head" in alone
+
+
+@pytest.mark.parametrize("name", ["afmoe", "zaya"])
+def test_a_binary_router_loads_in_families_that_initialize_theirs(name: str, tmp_path: Path) -> None:
+    original = tiny(name)
+    router = describe(original).moe_layers[0].router_name
+    assert router is not None
+    original.save_pretrained(tmp_path / "original")
+    byte_tokenizer().save_pretrained(tmp_path / "original")
+    calibration = CalibrationSettings(windows=2, window_length=32)
+    quantize_model(tmp_path / "original", tmp_path / "packed", Recipe.make("rtn", 8, router="binary"), calibration)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
+    weight = model.get_submodule(router).weight
+    assert isinstance(weight, torch.Tensor)
+    levels = weight.abs()
+    assert levels.unique().numel() > 1  # scaled rows and columns, and not what a constructor has put there
+    assert bool(levels.isfinite().all())

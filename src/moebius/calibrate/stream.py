@@ -21,17 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from moebius.calibrate.accumulate import ProjectionSums
-from moebius.calibrate.layerwise import (
-    HiddenStates,
-    LayerRunner,
-    LayerState,
-    Place,
-    calibrating,
-    check_layerwise,
-    hidden_states,
-    in_float32,
-)
+from moebius.calibrate.layerwise import LayerRunner, calibrating, check_layerwise, in_float32
 from moebius.calibrate.observe import Observation, observed
+from moebius.calibrate.states import HiddenStates, LayerState, Place, hidden_states
 from moebius.errors import CalibrationError
 from moebius.progress import Progress, Silent
 from moebius.types import PROJECTIONS, ExpertWeights, LayerStats, MoeLayer, MoeModel

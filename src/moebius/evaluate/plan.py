@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from moebius.calibrate.layerwise import STATES_IN_MEMORY, states_bytes
+from moebius.calibrate.states import STATES_IN_MEMORY, states_bytes
 from moebius.checkpoint.names import expert_tensor_names
 from moebius.checkpoint.not_loaded import not_loaded
 from moebius.checkpoint.quantized import refuse_quantized_config

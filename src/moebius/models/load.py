@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from moebius.errors import CheckpointError, CoverageError, ModelNotFoundError, UnsupportedModelError, first_line
 from moebius.json_file import read_object
@@ -75,6 +75,11 @@ def skeleton(source: PretrainedConfig | str | Path) -> MoeModel:
         UnsupportedModelError: as :func:`describe`, or a model type that transformers does not know as a causal language model.
     """
     config = source if isinstance(source, PretrainedConfig) else _read_config(source)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModelError(
+            f"{config.model_type}: not a causal language model of transformers; models that classify, see or hear "
+            "are not packed yet, give the checkpoint of the language model alone"
+        )
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from moebius.calibrate.layerwise import STATES_IN_MEMORY, states_bytes
+from moebius.calibrate.states import STATES_IN_MEMORY, states_bytes
 from moebius.calibrate.stream import StatisticsRequest, stream_statistics
 from moebius.calibrate.tokens import calibration_windows, windows_digest
 from moebius.checkpoint.manifest import FORMAT_VERSION
