@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from moebius.checkpoint.guards import check_all_listed
-from moebius.checkpoint.shards import DTYPE_NAMES, StoredTensor, read_folder, write_text
+from moebius.checkpoint.shards import DTYPE_NAMES, StoredTensor, is_guard, read_folder, write_text
 from moebius.errors import CheckpointError, first_line
 from moebius.formats import Packed, PackedProjection
 from moebius.formats.base import empty_like_spec
@@ -27,7 +27,7 @@ def manifest_text(entries: Mapping[str, Mapping[str, Any]]) -> str:
 
     Guards are not listed: they hold nothing, and a checkpoint is read as well without them.
     """
-    listed = {name: entry for name, entry in sorted(entries.items()) if (entry["shape"], entry["dtype"]) != ([0], "U8")}
+    listed = {name: entry for name, entry in sorted(entries.items()) if not is_guard(name, entry["shape"], entry["dtype"])}
     return json.dumps({"format_version": FORMAT_VERSION, "tensors": listed}, indent=1) + "\n"
 
 

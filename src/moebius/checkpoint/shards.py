@@ -66,6 +66,15 @@ class TensorSource(Protocol):
         """The bytes, in pieces."""
 
 
+#: What the parameters are called that a guard may stand for.
+_GUARDED_NAMES = {"gate_up_proj", "up_proj", "down_proj", "weight"}
+
+
+def is_guard(name: str, shape: Sequence[int], dtype: str) -> bool:
+    """Whether a tensor is a guard. Parts of a packed layer without planes hold nothing either: they have other names."""
+    return tuple(shape) == (0,) and dtype == "U8" and name.rpartition(".")[2] in _GUARDED_NAMES
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """A tensor in a file.
@@ -85,7 +94,7 @@ class StoredTensor:
     @property
     def is_guard(self) -> bool:
         """Whether it holds nothing and only keeps its name taken, see :mod:`moebius.checkpoint.guards`."""
-        return self.shape == (0,) and self.dtype == "U8"
+        return is_guard(self.name, self.shape, self.dtype)
 
     def chunks(self) -> Iterator[bytes]:
         """The bytes, at most 16 MiB at a time."""
