@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 
 from moebius.formats import Packed, PackedProjection
-from moebius.kernels.routed_experts import prepare
+from moebius.kernels.routed_experts import PackedExperts, prepare
 from moebius.runtime.packed_module import PackedMixin, PackedTensors, Watched, packed_of, swap
 from moebius.types import ExpertsLayout
 
@@ -33,35 +33,41 @@ class PackedExpertsMixin(PackedMixin):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As transformers' experts: (tokens, hidden), (tokens, top_k), (tokens, top_k) to (tokens, hidden)."""
-        module: Any = self
-        layout = packed_layout(self)
-        ready = ready_experts(self)
-        return ready.experts(
-            hidden_states,
-            top_k_index,
-            top_k_weights,
-            _activation(module),
-            _bias(ready.gate_up, getattr(module, f"{layout.gate_up_name}_bias") if layout.has_bias else None),
-            _bias(ready.down, getattr(module, f"{layout.down_name}_bias") if layout.has_bias else None),
-        )
+        return ready_experts(self).run(hidden_states, top_k_index, top_k_weights)
 
 
 def _activation(module: Any) -> Callable[[Tensor], Tensor]:
-    activation: Callable[[Tensor], Tensor] = module._apply_gate if packed_layout(module).has_gate else module.act_fn
+    """The module's own; it does not keep the module alive."""
+    itself, name = ref(module), "_apply_gate" if packed_layout(module).has_gate else "act_fn"
+
+    def activation(states: Tensor) -> Tensor:
+        activated: Tensor = getattr(itself(), name)(states)
+        return activated
+
     return activation
+
+
+def packed_experts(module: Any) -> PackedExperts:
+    """All that the experts of a packed module compute with, over its tensors as they are now."""
+    layout, projections = packed_layout(module), packed_projections(module)
+    own = (getattr(module, f"{name}_bias") if layout.has_bias else None for name in (layout.gate_up_name, layout.down_name))
+    biases = (_bias(projection, bias) for projection, bias in zip(projections, own, strict=True))
+    return PackedExperts(*projections, _activation(module), *biases)
 
 
 class ReadyExperts:
     """A layer in the hands of a kernel, and what that was made from."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.gate_up, self.down = packed_projections(module)
-        self.experts = prepare(self.gate_up, self.down, _activation(module))
         layout = packed_layout(module)
+        self.experts = packed_experts(module)
+        self.run = prepare(self.experts)
         parents = [(module._modules, name) for name in (layout.gate_up_name, layout.down_name)]
         parents += [(part._modules, name) for part in _projection_tensors(module) for name in part._modules]
+        parents += [(holder, "act_fn") for holder in (module._modules, vars(module)) if "act_fn" in holder]
         self.modules = [(holder, name, holder[name]) for holder, name in parents]
-        self.buffers = Watched(part for _, _, part in self.modules if part is not None)
+        # The module itself holds the biases that are its own.
+        self.buffers = Watched([module, *(part for _, _, part in self.modules if isinstance(part, nn.Module))])
 
     def holds(self) -> bool:
         """Whether no module and no buffer was replaced or written to since."""

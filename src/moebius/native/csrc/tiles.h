@@ -12,6 +12,9 @@ namespace moebius {
 
 // Inputs and outputs of a tile.
 constexpr int kTileInputs = 128, kTileOutputs = 64;
+constexpr float kSignsCentre = 128;  // of bytes that stand for sums of signs
+// Up to so many inputs of one matrix are read from its bits one by one, where nothing better is known; beyond, it is unpacked.
+constexpr int kFewInputs = 8;
 
 // The loops of it, for one instruction set.
 struct TileLoops {

@@ -42,9 +42,11 @@ struct GatedMlp {
 struct Experts {
   const Factor *gate_up_right, *gate_up, *gate_up_left, *down_right, *down, *down_left;
 
+  int inputs() const { return gate_up_right ? gate_up_right->columns : gate_up->columns; }
+  int units() const { return down_right ? down_right->columns : down->columns; }
   int hidden() const { return down_left ? down_left->rows : down->rows; }
 
-  // inputs: (count, hidden), chosen and weights: (count, top_k), outputs: (count, hidden). What is no expert adds nothing.
+  // inputs: (count, inputs), chosen and weights: (count, top_k), outputs: (count, hidden). What is no expert adds nothing.
   void apply(const float* inputs, const int64_t* chosen, const float* weights, int count, int top_k, float* outputs,
              const Level& level, int threads) const;
 
@@ -94,6 +96,9 @@ class DecoderLayer {
  public:
   DecoderLayer(const float* attention_norm, const Attention& attention, const float* mlp_norm, float epsilon);
 
+  int hidden() const { return attention.query.columns; }
+
+  const Attention attention;
   // One of the two is set.
   std::optional<GatedMlp> dense;
   std::optional<RoutedExperts> routed;
@@ -105,7 +110,6 @@ class DecoderLayer {
 
  private:
   const float *attention_norm_, *mlp_norm_;
-  const Attention attention_;
   const float epsilon_;
 };
 

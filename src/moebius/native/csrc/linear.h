@@ -57,6 +57,9 @@ class PackedLinear {
   // Rows of the matrix in float32 or bf16.
   void unpack(int first, int count, void* out, bool bf16, const Level& level, int threads) const;
 
+  int rows() const { return all_.rows; }
+  int columns() const { return all_.columns; }
+
  private:
   LinearRows part(int first, int count) const;
 
