@@ -116,9 +116,10 @@ def signs(generator: Generator, rows: int, columns: int, salient: int) -> Signs:
 
 def graded(generator: Generator, side: str, directions: int, entries: int) -> Graded:
     of = sorted((8, 6, 5, 4, 3)[k % 5] for k in range(directions))[::-1]
-    codes = torch.stack([torch.randint(0, 2**b, (entries,), generator=generator) for b in of]).unsqueeze(0)
+    rows = [torch.randint(0, 2**b, (entries,), generator=generator) for b in of]
+    codes = torch.stack(rows).unsqueeze(0) if rows else torch.zeros(1, 0, entries, dtype=torch.int64)
     # A level is as large at 3 bits as at 8: the scale makes directions alike.
-    scale_codes = torch.tensor([[min(255, int(b * 20)) for b in of]])
+    scale_codes = torch.tensor([[min(255, int(b * 20)) for b in of]], dtype=torch.int64)
     return Graded.pack(codes, scale_codes, torch.tensor([[-1.0, -0.0173]]), side=side, bits=of)
 
 

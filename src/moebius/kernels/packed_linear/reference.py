@@ -36,7 +36,7 @@ def check_call(inputs: Tensor, weight: Packed, *, gradients: bool = False) -> No
         got = f"{inputs.dtype} {tuple(inputs.shape)}"
         raise ShapeError(f"packed linear layer: got inputs {got}, wanted floats (n, {weight.columns})")
     where = next(iter(weight.tensors().values())).device
-    if inputs.device != where:
-        raise ShapeError(f"packed linear layer: got inputs on {inputs.device}, wanted {where}")
+    if inputs.device != where or inputs.layout != torch.strided:
+        raise ShapeError(f"packed linear layer: got {inputs.layout} inputs on {inputs.device}, wanted dense ones on {where}")
     if not gradients and torch.is_grad_enabled() and inputs.requires_grad:
         raise KernelError("packed linear layer: kernels have no gradients; use the reference, or torch.no_grad()")

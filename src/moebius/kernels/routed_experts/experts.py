@@ -86,6 +86,8 @@ class PackedExperts:
         if top_k_weights.shape != top_k_index.shape or not top_k_weights.is_floating_point():
             got = f"{top_k_weights.dtype} {tuple(top_k_weights.shape)}"
             raise ShapeError(f"weights of experts: got {got}, wanted floats {tuple(top_k_index.shape)}")
+        if any(tensor.layout != torch.strided for tensor in (hidden, top_k_index, top_k_weights)):
+            raise ShapeError("hidden states, indices and weights of experts: got a sparse tensor, wanted dense ones")
         where = self.device
         if hidden.device != where or top_k_index.device != where or top_k_weights.device != where:
             got = f"{hidden.device}, {top_k_index.device} and {top_k_weights.device}"

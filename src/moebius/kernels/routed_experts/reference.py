@@ -83,7 +83,7 @@ def _unpacked(factor: Packed, experts: Tensor, buffer: Tensor | None) -> Tensor:
     """Some matrices (chosen, rows, columns), where the next ones will be too."""
     if buffer is None:
         return factor.unpack(experts)
-    matrices = buffer[: len(experts) * factor.rows * factor.columns].view(-1, factor.rows, factor.columns)
+    matrices = buffer[: len(experts) * factor.rows * factor.columns].view(len(experts), factor.rows, factor.columns)
     factor.unpack_to(matrices, experts)
     return matrices
 
