@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check style bench clean
+.PHONY: demo test kills check style bench clean
 
 demo: $(READY)  ## the reference model from 16 bit to one, with a table, a figure and what each model writes
 	rm -rf demo
@@ -12,6 +12,9 @@ demo: $(READY)  ## the reference model from 16 bit to one, with a table, a figur
 
 test: $(READY)  ## every test, in parallel
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 10
+
+kills: $(READY)  ## 210 runs that are killed at file-system operations and finished: the bytes of a run that was not stopped
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kills --count 70
 
 check: $(READY)  ## linter, formatter and types
 	$(BIN)/ruff check .

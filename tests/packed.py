@@ -76,13 +76,15 @@ def packed_layers(folder: Path, everything: bool) -> dict[str, dict[str, PackedP
 
 def write_packed(source: Path, out: Path, everything: bool = False) -> Path:
     """Write the packed checkpoint; returns ``out``."""
-    checkpoint, writer = SourceCheckpoint.open(source), CheckpointWriter(out)
-    writer.begin({"test": 1})
-    for name, packed in packed_layers(source, everything).items():
-        writer.write_layer(name, packed, {"name": name})
-    modules = writer.modules()
-    writer.copy_rest(checkpoint, expert_tensor_names(checkpoint, skeleton(source).model, modules))
-    writer.finish(checkpoint, {"quant_method": "moebius", "format_version": 1, "modules": modules}, {"report.json": "{}\n"})
+    checkpoint = SourceCheckpoint.open(source)
+    with CheckpointWriter(out) as writer:
+        writer.begin({"test": 1})
+        for name, packed in packed_layers(source, everything).items():
+            writer.write_layer(name, packed, {"name": name})
+        modules = writer.modules()
+        writer.copy_rest(checkpoint, expert_tensor_names(checkpoint, skeleton(source).model, modules))
+        about = {"quant_method": "moebius", "format_version": 1, "modules": modules}
+        writer.finish(checkpoint, about, {"report.json": "{}\n"})
     return out
 
 

@@ -52,3 +52,30 @@ class KernelError(MoebiusError):
 
 class ResourceError(MoebiusError):
     """Too little memory or disk for what was asked, or a process that was ended for want of it."""
+
+
+# What a lack of memory is called by Python, C++, PyTorch, safetensors and the operating system.
+_WANT_OF_MEMORY = (
+    "not enough memory",
+    "out of memory",
+    "cannot allocate memory",
+    "can't allocate memory",
+    "bad_alloc",
+    "unable to mmap",
+    "can't start new thread",
+    "failed to map segment",
+)
+
+
+def want_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was raised from, says that there is no memory left."""
+    while error is not None:
+        if isinstance(error, MemoryError) or any(words in str(error).lower() for words in _WANT_OF_MEMORY):
+            return True
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return False
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -93,74 +94,159 @@ def test_rest_shards_are_bounded(source: Path, tmp_path: Path, monkeypatch: pyte
     assert verify(out, hashes=True) == len(read_folder(out))
 
 
-class Killed(BaseException):
-    """What a killed process does not get to handle."""
-
-
-@pytest.mark.parametrize("after", [1, 2, 3, 4, 7, 12])
-def test_resumed_after_a_kill(after: int, source: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped at any write, the second run ends with the bytes of a run that was never stopped."""
-    count = 0
-
-    def fsync(descriptor: int) -> None:
-        nonlocal count
-        count += 1
-        if count == after:
-            raise Killed
-
-    out = tmp_path / "out"
-    monkeypatch.setattr(shards.os, "fsync", fsync)
-    with pytest.raises(Killed):
-        write_packed(source, out, everything=True)
-    assert not out.exists()
-    finished = CheckpointWriter(out)
-    finished.begin(KEY)
-    kept = len(finished.entries())
-    assert kept == min((after - 2) // 2 if after > 1 else 0, len(packed_layers(source, everything=True)))
-    monkeypatch.undo()
-    assert contents(write_packed(source, out, everything=True)) == contents(packed)
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-
-
 def test_finished_layers_are_not_written_again(source: Path, tmp_path: Path) -> None:
     layers = packed_layers(source, everything=False)
     (name, first), *_ = layers.items()
-    one = CheckpointWriter(tmp_path / "out")
-    one.begin(KEY)
-    one.write_layer(name, first, {"tokens": [1, 2]})
+    with CheckpointWriter(tmp_path / "out") as one:
+        one.begin(KEY)
+        one.write_layer(name, first, {"tokens": [1, 2]})
     shard = tmp_path / ".out.partial" / "checkpoint" / f"packed-{name}.safetensors"
     written = shard.stat().st_mtime_ns
-    two = CheckpointWriter(tmp_path / "out")
-    two.begin(dict(KEY))
-    assert two.entries() == {name: {"tokens": [1, 2]}}
-    assert two.modules() == {path: made.spec() for path, made in first.items()}
-    two.write_layer(name, first)
-    assert shard.stat().st_mtime_ns == written
-    three = CheckpointWriter(tmp_path / "out")
-    three.begin({"test": 2})
-    assert three.entries() == {} and not shard.exists(), "another key starts over"
+    with CheckpointWriter(tmp_path / "out") as two:
+        two.begin(dict(KEY))
+        assert two.entries() == {name: {"tokens": [1, 2]}}
+        assert two.modules() == {path: made.spec() for path, made in first.items()}
+        two.write_layer(name, first)
+        assert shard.stat().st_mtime_ns == written
 
 
-def test_a_damaged_unfinished_layer_is_forgotten(source: Path, tmp_path: Path) -> None:
+def test_work_of_other_settings_is_refused_and_kept(source: Path, tmp_path: Path) -> None:
     (name, first), *_ = packed_layers(source, everything=False).items()
-    one = CheckpointWriter(tmp_path / "out")
-    one.begin(KEY)
-    one.write_layer(name, first)
-    os.truncate(tmp_path / ".out.partial" / "checkpoint" / f"packed-{name}.safetensors", 100)
-    two = CheckpointWriter(tmp_path / "out")
-    two.begin(KEY)
-    assert two.entries() == {}
+    with CheckpointWriter(tmp_path / "out") as one:
+        one.begin({"recipe": {"bits": 1.0, "gain": True}, "source": "a"})
+        one.write_layer(name, first)
+    before = contents(tmp_path)
+    with (
+        CheckpointWriter(tmp_path / "out") as two,
+        pytest.raises(OutputError, match=r"recipe\.bits was 1\.0, is 2\.0\).*start over"),
+    ):
+        two.begin({"recipe": {"bits": 2.0, "gain": True}, "source": "a"})
+    assert contents(tmp_path) == before
+
+
+def test_a_second_run_is_refused_while_the_first_is_at_work(source: Path, tmp_path: Path) -> None:
+    (name, first), *_ = packed_layers(source, everything=False).items()
+    with CheckpointWriter(tmp_path / "out") as one:
+        one.begin(KEY)
+        with CheckpointWriter(tmp_path / "out") as two, pytest.raises(OutputError, match="another run is at work"):
+            two.begin(KEY)
+        one.write_layer(name, first)
+    with CheckpointWriter(tmp_path / "out") as three:
+        three.begin(KEY)
+        assert list(three.entries()) == [name]
+
+
+def test_work_in_which_nothing_was_finished_goes_away(tmp_path: Path) -> None:
+    with CheckpointWriter(tmp_path / "out") as work:
+        work.begin(KEY)
+    assert list(tmp_path.iterdir()) == []
+
+
+def damaged(data: bytes, how: str) -> bytes | None:
+    return {"half": data[: len(data) // 2], "empty": b"", "flip": data[:-9] + bytes([data[-9] ^ 4]) + data[-8:], "gone": None}[
+        how
+    ]
+
+
+@pytest.mark.parametrize("how", ["half", "empty", "flip", "head", "gone"])
+def test_damage_to_any_file_costs_its_part_alone(how: str, source: Path, packed: Path, tmp_path: Path) -> None:
+    layers = packed_layers(source, everything=True)
+    out = tmp_path / "out"
+
+    def fill() -> None:
+        with CheckpointWriter(out) as work:
+            work.begin(KEY)
+            for name, modules in layers.items():
+                work.write_layer(name, modules, {"name": name})
+            work.keep("seen", {"values": torch.arange(5.0)})
+
+    fill()
+    whole = contents(tmp_path)
+    for name in (n for n in whole if not n.endswith("lock")):
+        path, data = tmp_path / name, whole[name]
+        hurt = data[:20] + bytes([data[20] ^ 1]) + data[21:] if how == "head" else damaged(data, how)
+        path.unlink() if hurt is None else path.write_bytes(hurt)
+        with CheckpointWriter(out) as work:
+            work.begin(KEY)
+            stem = Path(name).stem.removeprefix("packed-")
+            assert work.entries().keys() == layers.keys() - {stem}, name
+            assert (work.kept("seen") is None) == (stem == "seen")
+        fill()
+        assert contents(tmp_path) == whole, name
+    write_packed(source, out, everything=True)
+    assert contents(out) == contents(packed)
+
+
+@pytest.mark.parametrize("kind", ["link", "current", "mount", "home"])
+def test_outputs_of_every_kind(kind: str, source: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = tmp_path / "real"
+    real.mkdir()
+    out: Path = real
+    if kind == "link":
+        out = tmp_path / "link"
+        out.symlink_to(real)
+    if kind == "current":
+        monkeypatch.chdir(real)
+        out = Path()
+    if kind == "mount":
+        monkeypatch.setattr(Path, "is_mount", lambda path: path == real)
+    if kind == "home":
+        monkeypatch.setenv("HOME", str(tmp_path))
+        out = Path("~/real")
+    inode = real.stat().st_ino
+    write_packed(source, out, everything=True)
+    assert contents(real) == contents(packed)
+    assert [p.name for p in tmp_path.iterdir() if not p.is_symlink()] == ["real"]
+    assert kind in ("link", "home") or real.stat().st_ino == inode, "what is mounted or stood in cannot give way"
+
+
+def test_a_move_into_the_current_folder_that_was_killed_is_finished(
+    source: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rename, moved = Path.rename, []
+
+    def killed(self: Path, target: Path) -> Path:
+        moved.append(target)
+        if len(moved) == 3:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_packed(source, Path(), everything=True)
+    assert not (tmp_path / "config.json").exists()
+    write_packed(source, Path(), everything=True)
+    assert contents(tmp_path) == contents(packed)
+
+
+def test_a_disk_that_is_too_small_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"wanted about 1000000\.00 GB"):
+        CheckpointWriter(tmp_path / "out").require_room(10**15)
+
+
+def test_a_source_that_changes_meanwhile_is_noticed(source: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "source"
+    shutil.copytree(source, copied)
+    checkpoint = SourceCheckpoint.open(copied)
+    os.utime(copied / "model.safetensors", ns=(1, 1))
+    with CheckpointWriter(tmp_path / "out") as work, pytest.raises(CheckpointError, match="changed while it was read"):
+        work.begin(KEY)
+        work.copy_rest(checkpoint, [])
+        work.finish(checkpoint, {}, {})
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_full_disk(number: int, source: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layers = packed_layers(source, everything=False)
-    count = 0
+    count, full = 0, -1
 
     def fsync(descriptor: int) -> None:
         nonlocal count
         count += 1
-        if count == 4:  # run.json, shard and record of the first layer, shard of the second
+        if count == full:
             raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(shards.os, "fsync", fsync)
@@ -169,6 +255,7 @@ def test_full_disk(number: int, source: Path, packed: Path, tmp_path: Path, monk
     work.begin(KEY)
     first, second = layers.items()
     work.write_layer(*first)
+    full = count + 1
     with pytest.raises(OutputError, match=r"disk is full.*same command again to resume"):
         work.write_layer(*second)
     kept = [p.name for p in (tmp_path / ".out.partial" / "checkpoint").iterdir()]

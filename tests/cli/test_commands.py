@@ -75,10 +75,28 @@ def test_evaluate_against_the_original(model: Path, packed: Path, held_out: list
     assert 0.5 < result["top1_agreement"] <= 1
     assert len(result["routing_similarity"]) == 2
     assert result["tokens"] == 4 * 31
-    assert result["text"]["split"] == "held-out"
+    assert result["protocol"] == "windows" and "4 windows of 32 tokens" in result["description"]
     alone = run_json("evaluate", model, *held_out)
     assert alone["perplexity"] == pytest.approx(result["reference_perplexity"], rel=1e-6)
     assert alone["kl"] is None
+
+
+@pytest.mark.parametrize("protocol", ["gptq", "llama.cpp"])
+def test_evaluate_names_its_protocol_and_stores_a_reference(
+    model: Path, packed: Path, text: Path, tmp_path: Path, protocol: str
+) -> None:
+    shown = ["--protocol", protocol, "--text", text, "--windows", "3", "--window-length", "64"]
+    first = run("evaluate", model, *shown, "--save-reference", tmp_path / "reference")
+    assert "--reference" in first.stderr and "of 64 tokens" in " ".join(first.stdout.split())
+    stored = run_json("evaluate", packed, "--reference", tmp_path / "reference")
+    beside = run_json("evaluate", packed, *shown, "--reference", model)
+    assert stored["protocol"] == protocol and stored["tokens"] == beside["tokens"]
+    assert stored["kl"] == pytest.approx(beside["kl"], rel=1e-2)
+    assert stored["perplexity"] == pytest.approx(beside["perplexity"], rel=1e-6)
+    routed = run_json("evaluate", packed, *shown, "--reference", model, "--routing-from", model)
+    assert routed["kl"] != beside["kl"] and routed["routing_from"] == str(model)
+    refused = CliRunner().invoke(app, ["evaluate", str(packed), "--reference", str(tmp_path / "reference"), "--windows", "5"])
+    assert refused.exit_code == 2 and "leave it out" in refused.stderr
 
 
 def test_evaluate_says_how_to_get_kl(model: Path, packed: Path, held_out: list[str]) -> None:

@@ -53,7 +53,7 @@ def test_perplexity_of_a_known_distribution() -> None:
 
 
 def test_kl_and_agreement_of_known_distributions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moebius.evaluate.evaluation.describe", lambda model: SimpleNamespace(moe_layers=()))
+    monkeypatch.setattr("moebius.evaluate.reference.describe", lambda model: SimpleNamespace(moe_layers=()))
     model, reference = Unigram([0.1, 0.6, 0.3]), Unigram([0.5, 0.25, 0.25])
     result = evaluate_model(model, torch.tensor([[0, 1, 2]]), reference=reference)
     # Σ p log p/q, which is another number the other way round.
@@ -64,7 +64,7 @@ def test_kl_and_agreement_of_known_distributions(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_token_the_reference_forbids_adds_nothing_to_kl(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moebius.evaluate.evaluation.describe", lambda model: SimpleNamespace(moe_layers=()))
+    monkeypatch.setattr("moebius.evaluate.reference.describe", lambda model: SimpleNamespace(moe_layers=()))
     result = evaluate_model(Unigram([0.25, 0.75, 0.0]), torch.tensor([[0, 1, 1]]), reference=Unigram([0.5, 0.5, 0.0]))
     assert result.kl == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3), rel=1e-6)
 
@@ -156,3 +156,22 @@ def test_nan_weights_are_refused() -> None:
         model.get_output_embeddings().weight[3] = float("nan")
     with pytest.raises(CheckpointError, match="wanted a finite one"):
         evaluate_model(model, windows())
+
+
+@pytest.mark.parametrize("name", ["olmoe", "qwen2_moe", "deepseek_v2", "gpt_oss"])
+def test_routing_of_one_model_with_the_weights_of_another(name: str) -> None:
+    original = tiny_model(name)
+    shifted = copy.deepcopy(original)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for router in (module for path, module in shifted.named_modules() if path.endswith((".gate", ".router"))):
+            router.weight += torch.randn(router.weight.shape, generator=generator)
+    apart = evaluate_model(shifted, windows(), reference=original)
+    # Only its routers differ: routed as the original, it is the original.
+    together = evaluate_model(shifted, windows(), reference=original, routing_from=original)
+    assert apart.kl > 0.01 and together.kl == pytest.approx(0, abs=1e-9)
+    damaged = shaken(original, 0.3)
+    alone = evaluate_model(damaged, windows(), reference=original)
+    guided = evaluate_model(damaged, windows(), reference=original, routing_from=original)
+    assert 0 < guided.kl < alone.kl
+    assert not any(module._forward_pre_hooks for module in damaged.modules())

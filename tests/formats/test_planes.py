@@ -184,7 +184,7 @@ def test_rounding_noise_is_that_of_a_gaussian(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [3, 5, 8])
 def test_logarithmic_codes_err_by_half_a_step(bits: int) -> None:
-    scales = torch.exp(3 * torch.randn(5, 40, generator=generator()))
+    scales = torch.exp(1.5 * torch.randn(5, 40, generator=generator()))  # further apart, the small ones are next to zero
     codes, grid = encode(scales, bits)
     step = grid[:, 1].float().unsqueeze(1)
     # fp16 rounds the first point of the grid too.
@@ -199,3 +199,17 @@ def test_what_is_not_used_does_not_widen_the_grid() -> None:
     codes, grid = encode(scales, 5, torch.zeros_like(used))
     assert grid.isfinite().all() and decode(codes, grid).isfinite().all()
     assert encode(scales[:, :0], 5)[1].tolist() == [[0.0, 0.0]]
+
+
+def test_zeros_stay_out_of_the_span_of_a_grid() -> None:
+    scales = torch.rand(3, 24, generator=torch.Generator().manual_seed(0)) + 0.5
+    dead = scales.clone()
+    dead[:, ::3] = 0
+    dead[1, 1] = 1e-9
+    live = dead > 1e-3
+    alone = decode(*encode(scales, 5, live))
+    assert torch.equal(decode(*encode(dead, 5))[live], alone[live])
+    # A dead neuron takes the smallest scale there is, and nothing is larger or not finite.
+    assert bool((decode(*encode(dead, 5))[~live] <= alone.amin(1).max()).all())
+    assert decode(*encode(torch.zeros(2, 4), 5)).isfinite().all()
+    assert encode(torch.zeros(2, 0), 5)[1].isfinite().all()

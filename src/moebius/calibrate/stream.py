@@ -96,12 +96,17 @@ def stream_statistics(
             wanted.setdefault(layer.decoder_layer, []).append(layer)
     if not wanted:
         return
+    # Layers that are skipped are observed all the same: their own forward sums in another order, and what it hands on would
+    # make a run that was stopped differ from one that was not.
+    observing: dict[int, list[MoeLayer]] = {}
+    for layer in moe.moe_layers:
+        observing.setdefault(layer.decoder_layer, []).append(layer)
     first, depth = min(wanted), len(moe.decoder) if request.gradients else max(wanted) + 1
     with ExitStack() as stack:
         stack.enter_context(calibrating(moe))
         states = stack.enter_context(hidden_states(work))
         batches = windows.to(moe.model.device).split(batch_size)
-        passes = _Passes(moe, batches, request, states, LayerRunner(moe), resident)
+        passes = _Passes(moe, batches, request, states, LayerRunner(moe), resident, observing)
         passes.embed()
         progress.stage("calibration: forward", depth)
         for index in range(depth):
@@ -130,6 +135,7 @@ class _Passes:
     states: HiddenStates
     runner: LayerRunner
     resident: Resident
+    observing: dict[int, list[MoeLayer]]
 
     @torch.no_grad()
     def embed(self) -> None:
@@ -144,11 +150,13 @@ class _Passes:
         take = self.states.get if self.request.gradients else self.states.pop
         with self._layer(index, layers) as sums:
             for number, ids in enumerate(self.batches):
-                with observed(layers) as seen, _routers_watched(sums):
+                watched = [] if self.request.gradients else self.observing.get(index, [])
+                with observed(watched) as seen, _routers_watched(sums):
                     output = self.runner.layer(index, ids, take(str(index), number))
                 self.states.put(str(index + 1), number, output)
                 for layer, observation in seen:
-                    sums[layers.index(layer)].add(observation)
+                    if layer in layers:
+                        sums[layers.index(layer)].add(observation)
             return sums
 
     @torch.enable_grad()
@@ -177,14 +185,15 @@ class _Passes:
         with self._layer(index, layers) as sums:
             for number, ids in enumerate(self.batches):
                 hidden = self.states.pop(str(index), number).requires_grad_()
-                with observed(layers) as seen, _routers_watched(sums):
+                with observed(self.observing.get(index, [])) as seen, _routers_watched(sums):
                     output = self.runner.layer(index, ids, hidden)
                 watched = [observation.outputs[name] for _, observation in seen for name in PROJECTIONS]
                 gradient, *at_outputs = torch.autograd.grad(output, [hidden, *watched], self.states.pop(_GRADIENT, number))
                 self.states.put(_GRADIENT, number, gradient)
                 for layer, observation in seen:
                     of_projection = {name: at_outputs.pop(0) for name in PROJECTIONS}
-                    sums[layers.index(layer)].add(observation, of_projection)
+                    if layer in layers:
+                        sums[layers.index(layer)].add(observation, of_projection)
             return sums
 
     @contextmanager

@@ -148,9 +148,8 @@ def _open_text(settings: CalibrationSettings) -> Documents:
         builtin = builtin_documents(settings.split)
         return Documents(len(builtin), lambda index: builtin[index].text)
     path = Path(text).expanduser()
-    if path.is_dir() or text in HUB_TEXTS or (text.count("/") == 1 and not path.exists() and not path.suffix):
-        source = HUB_TEXTS.get(text, HubText(str(path) if path.is_dir() else text, {}))
-        return _data_set(source, held_out, _PIECE_CHARACTERS * settings.window_length)
+    if is_data_set(text):
+        return _data_set(_hub_text(text), held_out, _PIECE_CHARACTERS * settings.window_length)
     if path.suffix in (".txt", ".jsonl"):
         try:
             size = path.stat().st_size
@@ -163,6 +162,30 @@ def _open_text(settings: CalibrationSettings) -> Documents:
     raise UnknownNameError(
         f"no calibration text named {text!r}; known: {names}, a .txt or .jsonl file, or owner/name of a data set on the hub"
     )
+
+
+def is_data_set(text: str) -> bool:
+    """Whether a text is a data set: a folder, a short name, or a name that looks like one on the hub."""
+    path = Path(text).expanduser()
+    return path.is_dir() or text in HUB_TEXTS or (text.count("/") == 1 and not path.exists() and not path.suffix)
+
+
+def data_set_rows(text: str) -> list[str]:
+    """The held-out rows of a data set as they are and in their order: its test split, or the end of its only one.
+
+    Args:
+        text: one that :func:`is_data_set` knows.
+
+    Raises:
+        CalibrationError: a data set that cannot be loaded, or has no column of text.
+    """
+    rows, share, column = _rows(_hub_text(text), held_out=True)
+    return [row or "" for row in rows[share.start : share.stop][column]]
+
+
+def _hub_text(text: str) -> HubText:
+    path = Path(text).expanduser()
+    return HUB_TEXTS.get(text, HubText(str(path) if path.is_dir() else text, {}))
 
 
 @dataclass(frozen=True)
@@ -222,8 +245,8 @@ def _json_lines(path: Path, held_out: bool) -> Documents:
     return Documents(len(share), read)
 
 
-def _data_set(source: HubText, held_out: bool, piece: int) -> Documents:
-    """A data set of Hugging Face, from the hub or a local folder."""
+def _rows(source: HubText, held_out: bool) -> tuple[Any, range, str]:
+    """The rows of a data set of Hugging Face, from the hub or a local folder; which of them, and their column of text."""
     try:
         import datasets
     except ImportError as error:
@@ -243,7 +266,12 @@ def _data_set(source: HubText, held_out: bool, piece: int) -> Documents:
         ) from error
     splits = loaded if isinstance(loaded, dict) else {"train": loaded}
     rows, share = _split(splits, held_out, source.path)
-    column = source.column or _text_column(rows, source.path)
+    return rows, share, source.column or _text_column(rows, source.path)
+
+
+def _data_set(source: HubText, held_out: bool, piece: int) -> Documents:
+    """A data set as documents."""
+    rows, share, column = _rows(source, held_out)
     if source.separator is None:
         return Documents(len(share), lambda index: rows[share[index]][column] or "")
 

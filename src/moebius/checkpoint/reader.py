@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,13 @@ class SourceCheckpoint:
         folder: where it is.
         config: its ``config.json``.
         tensors: what its files hold, by checkpoint name, in the order of the names.
+        stamps: size and time of change of its config and weights when it was opened.
     """
 
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, StoredTensor]
+    stamps: dict[Path, tuple[int, int]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, source: str | Path) -> SourceCheckpoint:
@@ -51,7 +53,9 @@ class SourceCheckpoint:
         if quantization := config.get("quantization_config"):
             method = quantization.get("quant_method", "an unknown method")
             raise UnsupportedModelError(f"{source}: is quantized already ({method}); give the original in 16 or 32 bit")
-        return cls(folder, config, dict(sorted(read_folder(folder).items())))
+        tensors = dict(sorted(read_folder(folder).items()))
+        files = {folder / "config.json", *(tensor.file for tensor in tensors.values())}
+        return cls(folder, config, tensors, {file: _stamp(file) for file in sorted(files)})
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -76,6 +80,16 @@ class SourceCheckpoint:
                     digest.update(chunk)
         return digest.hexdigest()
 
+    def check_unchanged(self) -> None:
+        """Refuse a checkpoint that somebody wrote to since it was opened.
+
+        Raises:
+            CheckpointError: naming the file.
+        """
+        for file, stamp in self.stamps.items():
+            if not file.exists() or _stamp(file) != stamp:
+                raise CheckpointError(f"{file}: was changed while it was read; nothing was written, run again")
+
     def check_finite(self, names: Collection[str], progress: Progress | None = None) -> None:
         """Refuse NaN and Inf, one tensor in memory at a time.
 
@@ -96,6 +110,11 @@ class SourceCheckpoint:
                         f"{self.tensors[name].file}: {name} holds {bad} values that are NaN or Inf; it cannot be quantized"
                     )
             progress.advance(name)
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def locate(source: str | Path) -> Path:

@@ -255,6 +255,24 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def header_digest(path: Path) -> str:
+    """Hash of all of a safetensors file but its tensors."""
+    with path.open("rb") as file:
+        length = file.read(8)
+        return hashlib.sha256(length + file.read(int.from_bytes(length, "little"))).hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on disk before anything that relies on them is written."""
+    if os.name == "nt":  # folders cannot be opened there
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     """A temporary file that becomes ``path`` if all went well and is removed if not."""
@@ -265,5 +283,6 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)

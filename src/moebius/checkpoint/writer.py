@@ -16,8 +16,9 @@ from torch import Tensor
 
 from moebius.checkpoint.manifest import MANIFEST_NAME, manifest_text
 from moebius.checkpoint.reader import SourceCheckpoint
-from moebius.checkpoint.shards import INDEX_NAME, MemoryTensor, StoredTensor, byte_count, read_shard, write_shard, write_text
-from moebius.errors import CheckpointError, MoebiusError, OutputError
+from moebius.checkpoint.shards import INDEX_NAME, MemoryTensor, StoredTensor, byte_count, read_shard, sync_folder, write_text
+from moebius.checkpoint.work_folder import WorkFolder
+from moebius.errors import MoebiusError, OutputError
 from moebius.formats import Packed, PackedProjection, from_tensors
 from moebius.formats.projection import projection_from_tensors
 
@@ -26,7 +27,9 @@ REST_SHARD_BYTES = 2_000_000_000
 
 # Weights in any format, what this module writes itself, and the model card, which describes another model.
 _NOT_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"}
-_WRITTEN_HERE = {"config.json", MANIFEST_NAME, INDEX_NAME, "README.md", "pytorch_model.bin.index.json"}
+CONFIG_NAME = "config.json"
+_MOVING = "moving.json"
+_WRITTEN_HERE = {CONFIG_NAME, MANIFEST_NAME, INDEX_NAME, "README.md", "pytorch_model.bin.index.json"}
 
 
 class KeptTensors(Mapping[str, Tensor]):
@@ -49,54 +52,71 @@ class KeptTensors(Mapping[str, Tensor]):
 
 
 class CheckpointWriter:
-    """Writes a packed checkpoint to ``out``.
+    """Writes a packed checkpoint to ``out``; a context that lets go of its work folder.
 
-    Work goes to the folder ``.NAME.partial`` beside ``out``, made when the first shard is written. A shard there is complete
-    once its record is; a second run with the same key finds the records and goes on after them.
+    Work goes to the folder ``.NAME.partial`` beside ``out`` (inside of it where ``out`` is a mount point or the current folder,
+    which cannot give way to another), taken by :meth:`begin`. A second run with the same key goes on after what is there.
 
     Args:
-        out: the folder to create; may exist if it is empty.
+        out: the folder to create; may exist if it is empty, and be a link to one that is.
 
     Raises:
         OutputError: ``out`` holds something, is a file, or lies where nothing can be written.
     """
 
     def __init__(self, out: Path) -> None:
-        self.out = Path(out).expanduser().absolute()
-        self.work = self.out.parent / f".{self.out.name}.partial"
-        self._payload, self._records, self._kept = (self.work / part for part in ("checkpoint", "records", "kept"))
-        self._key = ""
+        self.out = Path(out).expanduser().resolve()
+        self._stays = self.out.is_dir() and (self.out.is_mount() or self.out.samefile(Path.cwd()))
+        self.work = WorkFolder(self.out / ".partial" if self._stays else self.out.parent / f".{self.out.name}.partial")
         if self.out.exists() and not self.out.is_dir():
             raise OutputError(f"{self.out}: is a file; give a folder that does not exist or is empty")
-        if self.out.is_dir() and any(self.out.iterdir()):
+        if self.out.is_dir() and not self._is_free():
             raise OutputError(f"{self.out}: is not empty; give another folder, or remove it first")
-        ancestor = next(parent for parent in self.out.parents if parent.exists())
+        ancestor = next(parent for parent in (self.work.path, *self.work.path.parents) if parent.exists())
         if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
             raise OutputError(f"{self.out}: {ancestor} cannot be written to; give another folder")
 
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.work.close()
+
     def begin(self, key: Mapping[str, Any]) -> None:
-        """Go on with the work of an earlier run if its key was the same, else start over.
+        """Take the work folder, and go on with what an earlier run of the same key finished.
 
         Args:
-            key: everything that the bytes depend on, ready for JSON: hash of the source, recipe, calibration.
+            key: everything that the bytes depend on, ready for JSON: hash of the source, recipe, calibration, machine.
+
+        Raises:
+            OutputError: another run is at work there, or left unfinished work with another key; or nothing can be written.
         """
-        self._key = json.dumps(key, sort_keys=True, indent=1) + "\n"
-        run = self.work / "run.json"
-        if self.work.exists() and not (run.is_file() and run.read_text(encoding="utf-8") == self._key):
-            shutil.rmtree(self.work)
-        for path in list(self._records.glob("*.json")):
-            try:
-                read_shard(self._payload / f"{path.stem}.safetensors")
-            except CheckpointError:  # somebody cleaned up by hand, or the machine lost power
-                path.unlink()
+        with self._writing():
+            self.work.open(json.loads(json.dumps(key)))
+            self._move_back()
+
+    def require_room(self, wanted: int) -> None:
+        """Refuse a disk on which that many bytes will not fit, finished work counted in.
+
+        Raises:
+            OutputError: says how many there are and how many are wanted.
+        """
+        ancestor = next(parent for parent in (self.work.path, *self.work.path.parents) if parent.exists())
+        there = sum(path.stat().st_size for path in self.work.path.rglob("*") if path.is_file())
+        free = shutil.disk_usage(ancestor).free + there
+        if free < wanted:
+            raise OutputError(
+                f"{self.out}: the disk has {free / 1e9:.2f} GB for it, wanted about {wanted / 1e9:.2f} GB; make room, or "
+                "choose an output on another disk"
+            )
 
     def entries(self) -> dict[str, Any]:
         """What :meth:`write_layer` was told about each finished layer."""
-        return {record["name"]: record["entry"] for record in self._read_records("packed")}
+        return {record["name"]: record["entry"] for record in self.work.parts("packed")}
 
     def modules(self) -> dict[str, Any]:
         """Specs of everything packed so far, by module path, in the order of the layers."""
-        return {path: spec for record in self._read_records("packed") for path, spec in record["modules"].items()}
+        return {path: spec for record in self.work.parts("packed") for path, spec in record["modules"].items()}
 
     def write_layer(self, name: str, packed: Mapping[str, PackedProjection | Packed], entry: Any = None) -> None:
         """Write a layer's packed tensors as one shard.
@@ -109,9 +129,8 @@ class CheckpointWriter:
         Raises:
             OutputError: the disk is full or not writable. Finished layers stay.
         """
-        sources = [MemoryTensor(f"{path}.{key}", t) for path, p in packed.items() for key, t in p.tensors().items()]
-        specs = {path: p.spec() for path, p in packed.items()}
-        self._write_recorded(f"packed-{name}", sources, {"name": name, "entry": entry, "modules": specs})
+        with self._writing():
+            self.work.write(f"packed-{name}", _sources(packed), _record(name, packed, entry))
 
     def keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Remember tensors until the checkpoint is complete, also over a resumption.
@@ -120,13 +139,12 @@ class CheckpointWriter:
             OutputError: the disk is full or not writable.
         """
         with self._writing():
-            self._kept.mkdir(exist_ok=True)
-            write_shard(self._kept / f"{name}.safetensors", [MemoryTensor(key, tensor) for key, tensor in tensors.items()])
+            self.work.keep(name, [MemoryTensor(key, tensor) for key, tensor in tensors.items()], {})
 
     def kept(self, name: str) -> Mapping[str, Tensor] | None:
         """What :meth:`keep` was given under a name, each tensor read when it is asked for; None if nothing was."""
-        path = self._kept / f"{name}.safetensors"
-        return KeptTensors(path) if path.is_file() else None
+        path = self.work.kept(name)
+        return None if path is None else KeptTensors(path)
 
     def keep_layer(self, name: str, packed: Mapping[str, PackedProjection | Packed], entry: Any = None) -> None:
         """Remember a layer that is packed but will be packed again, as :meth:`write_layer` would write it.
@@ -134,17 +152,14 @@ class CheckpointWriter:
         Raises:
             OutputError: the disk is full or not writable.
         """
-        self.keep(f"packed-{name}", {f"{path}.{key}": t for path, p in packed.items() for key, t in p.tensors().items()})
-        record = {"name": name, "entry": entry, "modules": {path: p.spec() for path, p in packed.items()}}
         with self._writing():
-            write_text(self._kept / f"packed-{name}.json", json.dumps(record) + "\n")
+            self.work.keep(f"packed-{name}", _sources(packed), _record(name, packed, entry))
 
     def kept_layers(self) -> dict[str, tuple[dict[str, PackedProjection | Packed], Any]]:
         """Packed modules and entry of every layer that :meth:`keep_layer` was given."""
         layers = {}
-        for path in sorted(self._kept.glob("packed-*.json"), key=_natural):
-            record = json.loads(path.read_text(encoding="utf-8"))
-            stored = KeptTensors(path.with_suffix(".safetensors"))
+        for record, path in self.work.kept_parts("packed-"):
+            stored = KeptTensors(path)
             packed: dict[str, PackedProjection | Packed] = {}
             for module, spec in record["modules"].items():
                 own = {name.removeprefix(f"{module}."): t for name, t in stored.items() if name.startswith(f"{module}.")}
@@ -159,7 +174,8 @@ class CheckpointWriter:
             OutputError: the disk is full or not writable.
         """
         for number, tensors in enumerate(_rest_shards(checkpoint, exclude)):
-            self._write_recorded(f"rest-{number:05}", tensors, {})
+            with self._writing():
+                self.work.write(f"rest-{number:05}", tensors, {})
 
     def finish(self, checkpoint: SourceCheckpoint, quantization_config: dict[str, Any], extra_files: Mapping[str, str]) -> None:
         """Write index, manifest and config, copy the tokenizer and the other small files, and move everything to ``out``.
@@ -172,58 +188,99 @@ class CheckpointWriter:
         Raises:
             OutputError: the disk is full or not writable, or ``out`` was filled by something else meanwhile.
         """
-        entries = {name: e for record in self._read_records("") for name, e in record["tensors"].items()}
+        payload = self.work.payload
+        entries = {name: e for record in self.work.parts() for name, e in record["tensors"].items()}
         total = sum(byte_count(e["dtype"], e["shape"]) for e in entries.values())
         index = {"metadata": {"total_size": total}, "weight_map": {n: e["file"] for n, e in sorted(entries.items())}}
         config = {**checkpoint.config, "quantization_config": quantization_config}
         with self._writing():
-            for path in sorted(checkpoint.folder.iterdir()):
-                if path.is_file() and path.suffix not in _NOT_COPIED and path.name not in _WRITTEN_HERE and path.name[0] != ".":
-                    shutil.copyfile(path, self._payload / path.name)
-            write_text(self._payload / INDEX_NAME, json.dumps(index, indent=1) + "\n")
-            write_text(self._payload / MANIFEST_NAME, manifest_text(entries))
-            write_text(self._payload / "config.json", json.dumps(config, indent=1) + "\n")
+            for path in small_files(checkpoint.folder):
+                target = payload / path.relative_to(checkpoint.folder)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+            write_text(payload / INDEX_NAME, json.dumps(index, indent=1) + "\n")
+            write_text(payload / MANIFEST_NAME, manifest_text(entries))
             for name, text in extra_files.items():
-                write_text(self._payload / name, text)
-            try:
-                self._payload.rename(self.out)  # replaces an empty folder, refuses any other
-            except OSError as error:
-                if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise OutputError(f"{self.out}: was filled by something else meanwhile; empty it and run again") from None
-                raise
-        shutil.rmtree(self.work)
+                write_text(payload / name, text)
+            write_text(payload / CONFIG_NAME, json.dumps(config, indent=1) + "\n")
+            checkpoint.check_unchanged()
+            self._publish()
+        self.work.remove()
 
-    def _write_recorded(self, stem: str, sources: list[Any], record: dict[str, Any]) -> None:
-        path = self._records / f"{stem}.json"
-        if path.is_file():
+    def _publish(self) -> None:
+        """Give the finished files their place."""
+        if self._stays:
+            self._move_in()
             return
-        with self._writing():
-            entries = write_shard(self._payload / f"{stem}.safetensors", sources)
-            write_text(path, json.dumps({**record, "tensors": entries}) + "\n")
+        try:
+            self.work.payload.rename(self.out)  # replaces an empty folder, refuses any other
+            sync_folder(self.out.parent)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise OutputError(f"{self.out}: was filled by something else meanwhile; empty it and run again") from None
+            raise
 
-    def _read_records(self, prefix: str) -> list[dict[str, Any]]:
-        paths = sorted(self._records.glob(f"{prefix}*.json"), key=_natural)
-        return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    def _move_in(self) -> None:
+        """Move the files into a folder that is there, the config last: without it, it is no checkpoint."""
+        if not self._is_free():
+            raise OutputError(f"{self.out}: was filled by something else meanwhile; empty it and run again")
+        names = sorted((path.name for path in self.work.payload.iterdir()), key=lambda name: name == CONFIG_NAME)
+        write_text(self.work.path / _MOVING, json.dumps(names) + "\n")
+        for name in names:
+            (self.work.payload / name).rename(self.out / name)
+        sync_folder(self.out)
+
+    def _move_back(self) -> None:
+        """Undo a :meth:`_move_in` that was killed: its files are made again from what it was about to be."""
+        for name in self._moving():
+            path = self.out / name
+            if path.exists():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        (self.work.path / _MOVING).unlink(missing_ok=True)
+
+    def _moving(self) -> list[str]:
+        try:
+            return [str(name) for name in json.loads((self.work.path / _MOVING).read_text(encoding="utf-8"))]
+        except (OSError, ValueError):
+            return []
+
+    def _is_free(self) -> bool:
+        """Whether nobody else's files are in ``out``."""
+        own = {self.work.path.name, *self._moving()} if self._stays else set()
+        return all(path.name in own for path in self.out.iterdir())
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """The work folder, and file system errors turned into ones that say what to do."""
-        assert self._key, "begin() comes first"
+        """File system errors turned into ones that say what to do."""
         try:
-            if not self.work.exists():
-                self._payload.mkdir(parents=True)
-                self._records.mkdir()
-                write_text(self.work / "run.json", self._key)
             yield
         except MoebiusError:
             raise
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise OutputError(
-                    f"{self.out}: the disk is full; finished layers are kept in {self.work}, "
+                    f"{self.out}: the disk is full; finished layers are kept in {self.work.path}, "
                     "make room and run the same command again to resume"
                 ) from None
             raise OutputError(f"{self.out}: cannot be written ({error.strerror or error}); give another folder") from None
+
+
+def small_files(folder: Path) -> list[Path]:
+    """Everything of a checkpoint that travels with it: tokenizer, chat templates, generation config, code, license."""
+    found = [*folder.iterdir(), *(folder / "additional_chat_templates").glob("*")]
+    return sorted(
+        path
+        for path in found
+        if path.is_file() and path.suffix not in _NOT_COPIED and path.name not in _WRITTEN_HERE and path.name[0] != "."
+    )
+
+
+def _sources(packed: Mapping[str, PackedProjection | Packed]) -> list[MemoryTensor]:
+    return [MemoryTensor(f"{path}.{key}", t) for path, p in packed.items() for key, t in p.tensors().items()]
+
+
+def _record(name: str, packed: Mapping[str, PackedProjection | Packed], entry: Any) -> dict[str, Any]:
+    return {"name": name, "entry": entry, "modules": {path: p.spec() for path, p in packed.items()}}
 
 
 def _rest_shards(checkpoint: SourceCheckpoint, exclude: Collection[str]) -> Iterator[list[StoredTensor]]:
@@ -241,8 +298,3 @@ def _rest_shards(checkpoint: SourceCheckpoint, exclude: Collection[str]) -> Iter
         size += length
     if shard:
         yield shard
-
-
-def _natural(path: Path) -> list[tuple[int, int, str]]:
-    """Sorts ``layers.2`` before ``layers.10``."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in path.stem.split(".")]

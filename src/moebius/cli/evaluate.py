@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -14,13 +14,13 @@ from moebius.cli.options import (
     Model,
     Quiet,
     Seed,
-    WindowLength,
-    calibration_from,
     display_name,
     model_or_reference,
     require_device,
+    require_text,
 )
 from moebius.cli.output import note, print_json, print_tables, progress_bars
+from moebius.errors import RecipeError
 from moebius.report.tables import TextTable, number, percent
 
 if TYPE_CHECKING:
@@ -30,17 +30,43 @@ EXAMPLES = """[bold]Examples[/bold]
 
 moebius evaluate
 
-moebius evaluate ./OLMoE-1bit --reference allenai/OLMoE-1B-7B-0924 --text wikitext2 --window-length 2048"""
+moebius evaluate ./OLMoE-1bit --reference allenai/OLMoE-1B-7B-0924 --text wikitext2 --protocol gptq
+
+moebius evaluate allenai/OLMoE-1B-7B-0924 --text wikitext2 --protocol llama.cpp --save-reference ./olmoe-reference
+
+moebius evaluate ./OLMoE-1bit --reference ./olmoe-reference"""
 
 Text = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--text",
         "-t",
-        help='Held-out text: "builtin", the last twentieth of a .txt or .jsonl file, or the test split of a data set.',
+        help='"builtin" (the default), a .txt or .jsonl file (its last twentieth; all of it under gptq and llama.cpp),'
+        " or the test split of a data set.",
+        show_default=False,
     ),
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Windows per forward pass.")]
+ProtocolName = Annotated[
+    Literal["windows", "gptq", "llama.cpp"] | None,
+    typer.Option(
+        help="windows (the default): drawn by seed, for small texts. gptq: all consecutive windows of 2048 tokens, as papers"
+        " report. llama.cpp: chunks of 512 that begin with BOS, their second half scored.",
+        show_default=False,
+    ),
+]
+Windows = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="How many windows. Default: 64, and all of the text under gptq and llama.cpp.", show_default=False
+    ),
+]
+WindowLength = Annotated[
+    int | None,
+    typer.Option(min=2, help="Tokens per window. Default: 256, gptq 2048, llama.cpp 512.", show_default=False),
+]
+BatchSize = Annotated[
+    int | None, typer.Option(min=1, help="Windows per forward pass. Default: 2048 tokens.", show_default=False)
+]
 
 
 def evaluate(
@@ -48,14 +74,37 @@ def evaluate(
     reference: Annotated[
         str | None,
         typer.Option(
-            "--reference", "-r", help="The original: adds KL, top-1 agreement and routing similarity.", show_default=False
+            "--reference",
+            "-r",
+            help="The original, or what --save-reference wrote: adds KL, top-1 agreement and routing similarity.",
+            show_default=False,
         ),
     ] = None,
-    text: Text = "builtin",
-    windows: Annotated[int, typer.Option(min=1, help="Windows of held-out tokens.")] = 64,
-    window_length: WindowLength = 256,
+    protocol: ProtocolName = None,
+    text: Text = None,
+    windows: Windows = None,
+    window_length: WindowLength = None,
     seed: Seed = 0,
-    batch_size: BatchSize = 8,
+    save_reference: Annotated[
+        Path | None,
+        typer.Option(help="Store what MODEL says about the text in this folder, for --reference.", show_default=False),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="With --save-reference: store the likeliest K tokens and the mass of the others. Default: all, in float16.",
+            show_default=False,
+        ),
+    ] = None,
+    routing_from: Annotated[
+        str | None,
+        typer.Option(
+            help="Route tokens as this model does: what is left is the error of weights, without expert shift (MoBiE Table 1).",
+            show_default=False,
+        ),
+    ] = None,
+    batch_size: BatchSize = None,
     dtype: DType = "float32",
     device: Device = "cpu",
     as_json: AsJson = False,
@@ -66,42 +115,63 @@ def evaluate(
     KL is the mean of KL(original || model) per token, in nats. Routing similarity is, per MoE layer, the mean cosine between
     the routing distributions of both models on the same tokens (MoBiE Eq. 53-55): 1 means that no token changed experts.
     """
-    settings = calibration_from(text, windows, window_length, seed, split="held-out")
+    require_text(text)
+    if top_k is not None and save_reference is None:
+        raise RecipeError("--top-k: says what --save-reference stores; give both, or neither")
     source = model_or_reference(model)
     original = None if reference is None else model_or_reference(reference)
+    router = None if routing_from is None else model_or_reference(routing_from)
 
-    from moebius.calibrate.tokens import calibration_windows
-    from moebius.cli.loading import load_model, load_tokenizer
-    from moebius.evaluate.evaluation import evaluate_model
+    from moebius.cli.evaluate_run import Question, run_evaluation
     from moebius.evaluate.size import is_packed
 
     require_device(device)
-    tokens = calibration_windows(settings, load_tokenizer(source))
-    loaded = load_model(source, dtype, device)
-    loaded_original = None if original is None else load_model(original, dtype, device)
+    question = Question(
+        source=source,
+        reference=original,
+        routing_from=router,
+        protocol=protocol,
+        text=text,
+        windows=windows,
+        window_length=window_length,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        batch_size=batch_size,
+        save_reference=save_reference,
+        top_k=top_k,
+    )
     with progress_bars(hidden=quiet) as progress:
-        result = evaluate_model(loaded, tokens, reference=loaded_original, batch_size=batch_size, progress=progress)
+        answer = run_evaluation(question, progress)
     if as_json:
-        print_json({"model": source, "reference": original, "text": settings.to_dict(), **result.to_dict()})
+        print_json({"model": source, **answer.to_dict()})
     else:
-        print_tables(*evaluation_tables(display_name(model), result))
-    if original is None and is_packed(Path(source)):
+        print_tables(*evaluation_tables(display_name(model), answer.evaluation, answer.description))
+    if save_reference is not None:
+        note(f"stored; compare with it: moebius evaluate PACKED --reference {save_reference}")
+    elif reference is None and is_packed(Path(source)):
         note(f"for KL, top-1 agreement and routing similarity: moebius evaluate {source} --reference ORIGINAL")
 
 
-def evaluation_tables(name: str, result: Evaluation) -> list[TextTable]:
+def evaluation_tables(name: str, result: Evaluation, description: str) -> list[TextTable]:
     """The figures, and the routing similarity of each layer where there was a reference."""
-    error = "" if result.perplexity_error is None else f" ± {number(result.perplexity_error, 2)}"
-    rows = [("perplexity", number(result.perplexity, 3) + error)]
-    if result.reference_perplexity is not None:
+    rows = [("perplexity", number(result.perplexity, 3) + _error(result.perplexity_error, 2))]
+    if result.kl is not None:
         rows += [
             ("perplexity of the original", number(result.reference_perplexity, 3)),
-            ("KL(original || model), nats", number(result.kl, 5)),
-            ("top-1 agreement", percent(result.top1_agreement, 2)),
+            ("KL(original || model), nats", number(result.kl, 5) + _error(result.kl_error, 5)),
+            ("KL, 99th percentile", number(result.kl_99, 4)),
+            ("KL, 99.9th percentile", number(result.kl_999, 4)),
+            ("top-1 agreement", percent(result.top1_agreement, 2) + _error(result.top1_error, 2, 100)),
             ("routing similarity, mean", number(result.mean_routing_similarity, 4)),
         ]
-    tables = [TextTable(f"{name}, {result.tokens:,} predicted tokens", ("", "value"), tuple(rows))]
+    title = f"{name}, {result.tokens:,} scored tokens ({description})"
+    tables = [TextTable(title, ("", "value"), tuple(rows))]
     if result.routing_similarity:
         layers = tuple((str(i), number(s, 4)) for i, s in enumerate(result.routing_similarity, 1))
         tables.append(TextTable("Routing similarity (MoBiE Eq. 53-55)", ("MoE layer", "cosine"), layers))
     return tables
+
+
+def _error(value: float | None, digits: int, factor: float = 1) -> str:
+    return "" if value is None else f" ± {number(value * factor, digits)}"

@@ -13,6 +13,7 @@ import moebius  # noqa: F401  registers packed checkpoints with transformers
 from moebius.checkpoint.reader import SourceCheckpoint, locate
 from moebius.errors import CheckpointError, MoebiusError
 from moebius.evaluate.size import is_packed
+from moebius.models.load import why_not_loaded
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -67,4 +68,4 @@ def _loaded(kind: Any, source: str | Path, folder: Path, **options: Any) -> Any:
     except MoebiusError:
         raise
     except Exception as error:  # whatever transformers, tokenizers and safetensors raise for files they cannot read
-        raise CheckpointError(f"{source}: transformers cannot load it: {type(error).__name__}: {error}") from error
+        raise CheckpointError(f"{source}: transformers cannot load it: {why_not_loaded(error)}") from error

@@ -145,9 +145,18 @@ def calibration_from(text: str, windows: int, window_length: int, seed: int, spl
     Raises:
         CalibrationError: a path that does not exist.
     """
-    if text.endswith((".txt", ".jsonl")) and not Path(text).expanduser().is_file():
-        raise CalibrationError(f"{text}: no such file; give a .txt or .jsonl file, the name of a data set, or builtin")
+    require_text(text)
     return CalibrationSettings(text=text, windows=windows, window_length=window_length, seed=seed, split=split)
+
+
+def require_text(text: str | None) -> None:
+    """A text that is meant as a file is refused if it is not there.
+
+    Raises:
+        CalibrationError: a path that does not exist.
+    """
+    if text is not None and text.endswith((".txt", ".jsonl")) and not Path(text).expanduser().is_file():
+        raise CalibrationError(f"{text}: no such file; give a .txt or .jsonl file, the name of a data set, or builtin")
 
 
 def require_free(out: Path) -> Path:
@@ -156,7 +165,11 @@ def require_free(out: Path) -> Path:
     Raises:
         OutputError: it is a file, or a folder that is not empty.
     """
-    if out.is_dir() and any(out.iterdir()):
+    if (
+        out.is_dir()
+        and any(path.name != ".partial" for path in out.iterdir())
+        and not (out / ".partial" / "moving.json").exists()
+    ):
         raise OutputError(f"{out}: this folder is not empty; remove it or choose another with --out")
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out}: this is a file, wanted a folder; choose another with --out")

@@ -80,7 +80,9 @@ def quantize(
     recipe = recipe_from(method, bits, [*(set_ or []), *(["refine=true"] if refine else [])], rest)
     settings = calibration_from(calibration, windows, window_length, seed)
     source = model_or_reference(model)
-    folder = require_free(out or default_folder(source, recipe))
+    # As given in messages; a folder that gave way to another one is found again by its whole path.
+    folder = require_free((out or default_folder(source, recipe)).expanduser())
+    folder = folder if folder.is_absolute() or str(folder) != "." else folder.absolute()
 
     from moebius.cli.loading import quiet_transformers
     from moebius.evaluate.size import packed_checkpoint_size

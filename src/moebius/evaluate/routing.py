@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, linear
+from transformers import PreTrainedModel
 
 from moebius.errors import UnsupportedModelError
+from moebius.models.load import describe
 
 
 def routing_similarity(logits: Tensor, reference_logits: Tensor) -> Tensor:
@@ -56,6 +58,71 @@ def recorded_router_logits(model: nn.Module, routers: Mapping[str, int]) -> Iter
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def routed_by(model: nn.Module, source: PreTrainedModel) -> Iterator[Callable[[Tensor], None]]:
+    """Within the context, tokens of ``model`` go where the routers of ``source`` send them, with its routing weights.
+
+    Args:
+        model, source: two models of one architecture.
+
+    Yields:
+        What has to be called with token ids (windows, window_length) before ``model`` is run on them: it runs ``source``.
+
+    Raises:
+        UnsupportedModelError: a model whose experts are not handed an index and weights of their tokens, or two that differ.
+    """
+    names = [layer.name for layer in describe(source).moe_layers]
+    decisions: dict[str, tuple[Tensor, Tensor]] = {}
+    with ExitStack() as stack:
+        for name in names:
+            try:
+                experts, others = source.get_submodule(name), model.get_submodule(name)
+            except AttributeError:
+                raise UnsupportedModelError(
+                    f"{type(model).__name__}: no experts {name!r}, wanted two models of one kind"
+                ) from None
+            stack.enter_context(_removed(experts.register_forward_pre_hook(_remembers(decisions, name))))
+            stack.enter_context(_removed(others.register_forward_pre_hook(_replaces(decisions, name))))
+
+        def decide(ids: Tensor) -> None:
+            decisions.clear()
+            source(input_ids=ids.to(next(source.parameters()).device), use_cache=False)
+
+        yield decide
+
+
+def _remembers(decisions: dict[str, tuple[Tensor, Tensor]], name: str) -> Any:
+    def remember(_: nn.Module, args: tuple[Any, ...]) -> None:
+        decisions[name] = _decision(args, name)
+
+    return remember
+
+
+def _replaces(decisions: dict[str, tuple[Tensor, Tensor]], name: str) -> Any:
+    def replace(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        index, weights = _decision(args, name)
+        other_index, other_weights = decisions[name]
+        return (args[0], other_index.to(index.device), other_weights.to(weights.device, weights.dtype))
+
+    return replace
+
+
+def _decision(args: tuple[Any, ...], name: str) -> tuple[Tensor, Tensor]:
+    if len(args) != 3:
+        raise UnsupportedModelError(
+            f"{name}: got experts called with {len(args)} arguments, wanted hidden states, index and weights"
+        )
+    return args[1], args[2]
+
+
+@contextmanager
+def _removed(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _recorder(logits: dict[str, Tensor], name: str, experts: int) -> Any:

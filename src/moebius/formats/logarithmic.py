@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 _SMALLEST = 1e-30  # scales are positive; this stands in for zero
+# Scales this far below the largest of their row belong to dead or zero-padded neurons: a grid that reached down to them would
+# have no points left for the others. They take the first point.
+_DEAD = 2.0**-13
 
 
 def encode(scales: Tensor, bits: int, used: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -14,13 +17,17 @@ def encode(scales: Tensor, bits: int, used: Tensor | None = None) -> tuple[Tenso
     Args:
         scales: positive, (rows, columns).
         bits: of a code, 1 to 8.
-        used: bool like ``scales``; which of them matter. A grid spans those that do.
+        used: bool like ``scales``; which of them matter. A grid spans those that do, but for zeros and what is next to zero.
 
     Returns:
         Codes (rows, columns) uint8, and the grid (rows, 2) fp16: logarithm of the first point, and the step between points.
     """
     logarithms = scales.float().clamp_min(_SMALLEST).log()
     used = torch.ones_like(logarithms, dtype=torch.bool) if used is None else used
+    largest = (
+        torch.where(used, scales.float(), 0).amax(1, keepdim=True) if scales.shape[1] else scales.new_zeros(len(scales), 1)
+    )
+    used = used & (scales > _DEAD * largest)
     # A row without anything that matters has its grid at zero; the extra column keeps a row of nothing from being refused.
     nothing = logarithms.new_full((len(scales), 1), torch.inf)
     low = torch.cat([torch.where(used, logarithms, torch.inf), nothing], 1).amin(1)

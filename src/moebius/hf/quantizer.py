@@ -83,7 +83,7 @@ class MoebiusQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # adapters are: gradients go through packed layers, which stay as they are
 
 
 def pack_modules(model: nn.Module, modules: dict[str, Any]) -> None:

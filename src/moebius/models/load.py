@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from moebius.errors import CheckpointError, CoverageError, ModelNotFoundError, UnsupportedModelError
+from moebius.errors import CheckpointError, CoverageError, ModelNotFoundError, UnsupportedModelError, first_line
 from moebius.models.layout import layout_of
 from moebius.types import ExpertsLayout, MoeLayer, MoeModel
 
@@ -38,12 +38,30 @@ def load_moe_model(source: str | Path, dtype: str | torch.dtype = "auto", device
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(_location(source), dtype=dtype, output_loading_info=True)
     except Exception as error:  # transformers, safetensors and the hub raise a dozen classes for a broken checkpoint
-        raise CheckpointError(f"{source}: cannot read its weights: {_one_line(error)}") from error
+        raise CheckpointError(f"{source}: cannot read its weights: {why_not_loaded(error)}") from error
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
         # transformers only warns, and fills them with random numbers.
         raise CheckpointError(f"{source}: {len(missing)} tensors are missing, such as {missing[0]}; fetch the checkpoint again")
     return describe(model.eval().to(device))
+
+
+def why_not_loaded(error: Exception) -> str:
+    """What kept transformers from loading a checkpoint, in one line.
+
+    Of some errors it says that the reason was logged above; they are still held by the frame that raised.
+    """
+    trace = error.__traceback__
+    while trace is not None:
+        report = trace.tb_frame.f_locals.get("loading_info")
+        for name in ("conversion_errors", "mismatched_keys"):
+            if found := getattr(report, name, None):
+                listed = (
+                    [f"{key}: {value}" for key, value in found.items()] if isinstance(found, dict) else [str(k) for k in found]
+                )
+                return " ".join(listed[0].split())[:400]
+        trace = trace.tb_next
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def skeleton(source: PretrainedConfig | str | Path) -> MoeModel:

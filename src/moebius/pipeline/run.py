@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Collection, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from moebius.checkpoint.manifest import FORMAT_VERSION
 from moebius.checkpoint.names import expert_tensor_names
 from moebius.checkpoint.reader import SourceCheckpoint
 from moebius.checkpoint.writer import CheckpointWriter
-from moebius.errors import CheckpointError, UnsupportedModelError
+from moebius.errors import CalibrationError, CheckpointError, UnsupportedModelError, first_line
 from moebius.formats import Packed, PackedProjection
 from moebius.memory import PeakMemory
 from moebius.methods import METHODS
@@ -27,7 +28,7 @@ from moebius.methods.base import Method
 from moebius.methods.linear import packed_linears, quantize_linear
 from moebius.methods.router import quantize_router
 from moebius.models.layout import read_weights
-from moebius.models.load import check_coverage, load_moe_model
+from moebius.models.load import check_coverage, load_moe_model, skeleton
 from moebius.pipeline.refine import refine
 from moebius.progress import Progress, Silent
 from moebius.recipe import CalibrationSettings, Recipe
@@ -47,9 +48,10 @@ def quantize_model(
 ) -> dict[str, Any]:
     """Quantize the experts of a checkpoint and write a packed checkpoint that transformers loads.
 
-    Layers are finished one after the other in a work folder beside ``out``; a run that was stopped goes on where it was when
-    the same command is given again. ``out`` appears at the very end, complete. The files depend on the source, the recipe
-    and the calibration alone.
+    Layers are finished one after the other in a work folder beside ``out``; a run that was stopped, in whatever way, goes on
+    where it was when the same command is given again, and writes the bytes of a run that was not. ``out`` appears at the very
+    end, complete. The files depend on the source, the recipe and the calibration, and on how the machine rounds: its
+    instructions, the number of threads, the device, the version of PyTorch. Work of a run with other settings is refused.
 
     Args:
         source: local folder or hub name of a transformers checkpoint.
@@ -68,45 +70,89 @@ def quantize_model(
     """
     progress = progress or Silent()
     clock, memory = _Clock(), PeakMemory()
-    writer = CheckpointWriter(out)
-    checkpoint = SourceCheckpoint.open(source)
-    checkpoint.check_finite(checkpoint.names(), progress)
-    moe = load_moe_model(checkpoint.folder)
-    job = _Job(moe, recipe, device)
-    check_coverage(moe, job.expert_parameters())  # now, and not after hours; the same for a checkpoint of another model
-    expert_tensor_names(checkpoint, moe.model, job.expert_parameters())
-    windows = None if job.needs == "nothing" else _windows(checkpoint.folder, calibration)
-    settings: dict[str, Any] = {"recipe": recipe.to_dict()}
-    if windows is not None:
-        settings["calibration"] = {**calibration.to_dict(), "digest": windows_digest(windows)}
-    writer.begin({"source": checkpoint.fingerprint(), "format_version": FORMAT_VERSION, **settings})
-    clock.lap("load")
-
-    if job.method.survey is not None and windows is not None:
-        job.survey(windows, writer, progress)
-        clock.lap("survey")
-    if recipe.refine and windows is not None:
-        for name, packed, entry in job.packed_layers(windows, writer.kept_layers(), writer.out, progress):
-            writer.keep_layer(name, packed, entry)
-        clock.lap("calibrate and quantize")
-        refined = {"refine": job.refine(windows, calibration.seed, writer, progress)}
-        clock.lap("refine")
-    else:
-        refined = {}
-        for name, packed, entry in job.packed_layers(windows, writer.entries(), writer.out, progress):
-            writer.write_layer(name, packed, entry)
-        clock.lap("calibrate and quantize")
-
-    modules = writer.modules()
-    check_coverage(moe, modules)
-    writer.copy_rest(checkpoint, expert_tensor_names(checkpoint, moe.model, modules))
-    entries = writer.entries()
-    report = {"format_version": FORMAT_VERSION, **settings, "layers": [entries[name] for name in job.unit_names()], **refined}
-    config = {"quant_method": "moebius", "format_version": FORMAT_VERSION, **settings, "modules": modules}
-    writer.finish(checkpoint, config, {REPORT_NAME: json.dumps(report, indent=1) + "\n"})
+    with CheckpointWriter(out) as writer:
+        checkpoint = SourceCheckpoint.open(source)
+        windows = _checked_early(checkpoint, recipe, calibration, device, writer)
+        checkpoint.check_finite(checkpoint.names(), progress)
+        moe = load_moe_model(checkpoint.folder)
+        job = _Job(moe, recipe, device)
+        check_coverage(moe, job.expert_parameters())  # now, and not after hours; the same for a checkpoint of another model
+        expert_tensor_names(checkpoint, moe.model, job.expert_parameters())
+        settings: dict[str, Any] = {"recipe": recipe.to_dict()}
+        if windows is not None:
+            settings["calibration"] = {**calibration.to_dict(), "digest": windows_digest(windows)}
+        key = {"source": checkpoint.fingerprint(), "format_version": FORMAT_VERSION, "machine": _machine(device), **settings}
+        writer.begin(key)
+        clock.lap("load")
+        refined = _pack(job, windows, calibration.seed, writer, progress, clock)
+        modules = writer.modules()
+        check_coverage(moe, modules)
+        writer.copy_rest(checkpoint, expert_tensor_names(checkpoint, moe.model, modules))
+        entries = writer.entries()
+        report = {
+            "format_version": FORMAT_VERSION,
+            **settings,
+            "layers": [entries[name] for name in job.unit_names()],
+            **refined,
+        }
+        config = {"quant_method": "moebius", "format_version": FORMAT_VERSION, **settings, "modules": modules}
+        writer.finish(checkpoint, config, {REPORT_NAME: json.dumps(report, indent=1) + "\n"})
     clock.lap("write")
     progress.finish()
     return {**report, "seconds": clock.laps, "peak_memory_bytes": memory.bytes()}
+
+
+def _pack(
+    job: _Job, windows: Tensor | None, seed: int, writer: CheckpointWriter, progress: Progress, clock: _Clock
+) -> dict[str, Any]:
+    """Survey, quantize and refine, as the recipe has it; what refinement adds to the report."""
+    if job.method.survey is not None and windows is not None:
+        job.survey(windows, writer, progress)
+        clock.lap("survey")
+    if not (job.recipe.refine and windows is not None):
+        for name, packed, entry in job.packed_layers(windows, writer.entries(), writer.work.scratch, progress):
+            writer.write_layer(name, packed, entry)
+        clock.lap("calibrate and quantize")
+        return {}
+    for name, packed, entry in job.packed_layers(windows, writer.kept_layers(), writer.work.scratch, progress):
+        writer.keep_layer(name, packed, entry)
+    clock.lap("calibrate and quantize")
+    refined = {"refine": job.refine(windows, seed, writer, progress)}
+    clock.lap("refine")
+    return refined
+
+
+def _checked_early(
+    checkpoint: SourceCheckpoint, recipe: Recipe, calibration: CalibrationSettings, device: str, writer: CheckpointWriter
+) -> Tensor | None:
+    """What can be known before the weights are read, cheapest first; the calibration windows, if there are to be any.
+
+    Raises:
+        MoebiusError: a model, tokenizer, text, budget or disk that the run would fail on later.
+    """
+    moe = skeleton(checkpoint.folder)
+    job = _Job(moe, recipe, device)
+    check_coverage(moe, job.expert_parameters())
+    replaced = expert_tensor_names(checkpoint, moe.model, job.expert_parameters())
+    bits = 0
+    for layer in moe.moe_layers:
+        layout = layer.layout
+        shapes = (layout.inner * (2 if layout.has_gate else 1), layout.hidden), (layout.hidden, layout.inner)
+        for projection, shape in zip(PROJECTIONS, shapes, strict=True):
+            bits += job.planned_bits((layout.experts, *shape), projection)
+    windows = None
+    if job.needs != "nothing" or job.method.survey is not None:
+        windows = _windows(checkpoint.folder, calibration, moe)
+    rest = sum(tensor.end - tensor.begin for name, tensor in checkpoint.tensors.items() if name not in replaced)
+    writer.require_room(rest + bits // 8)
+    return windows
+
+
+def _machine(device: str) -> dict[str, Any]:
+    """What of the machine the bytes depend on: sums of products are rounded in an order that is its own."""
+    threads, instructions = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
+    versions = {"moebius": version("moebius"), "torch": torch.__version__}
+    return {**versions, "device": device, "threads": threads, "instructions": instructions}
 
 
 class _Job:
@@ -118,17 +164,23 @@ class _Job:
         self.binary_router = recipe.router == "binary"
         self.needs = "inputs" if self.binary_router and self.method.needs(recipe) == "nothing" else self.method.needs(recipe)
         self._shares: dict[tuple[str, str], dict[str, Any]] = {}
+        self._planned: dict[tuple[tuple[int, int, int], str], int] = {}
+
+    def planned_bits(self, shape: tuple[int, int, int], projection: str) -> int:
+        """Bits that a projection of this shape (experts, out, in) will take, about; refused where the recipe cannot be met."""
+        if (shape, projection) not in self._planned:
+            self._planned[shape, projection] = self.method.plan(shape, self.recipe, projection).stored_bits()
+        return self._planned[shape, projection]
 
     def survey(self, windows: Tensor, writer: CheckpointWriter, progress: Progress) -> None:
         """Look at every layer once, and divide what there is to give. What was seen is kept with the unfinished checkpoint."""
         survey = self.method.survey
         assert survey is not None
         layers = {layer.name: layer for layer in self.moe.moe_layers}
-        # The second projection is kept last: with it, the layer is complete.
-        seen = [name for name in layers if writer.kept(f"{name}.{PROJECTIONS[-1]}") is not None]
+        seen = [name for name in layers if all(writer.kept(f"{name}.{projection}") is not None for projection in PROJECTIONS)]
         gradients = survey.needs(self.recipe) == "gradients"
         request = StatisticsRequest(gradients, output_fisher=gradients, weighted_moments=False)
-        work = self._work(windows, request.gradients, writer.out)
+        work = self._work(windows, request.gradients, writer.work.scratch)
         for stats in stream_statistics(self.moe, windows, request, skip=seen, work=work, progress=progress):
             layer = layers[stats.name]
             weights = read_weights(layer.name, layer.experts)
@@ -145,7 +197,7 @@ class _Job:
         progress.advance(f"{len(places)} projections")
 
     def packed_layers(
-        self, windows: Tensor | None, finished: Collection[str], out: Path, progress: Progress
+        self, windows: Tensor | None, finished: Collection[str], scratch: Path, progress: Progress
     ) -> Iterator[tuple[str, dict[str, PackedProjection | Packed], dict[str, Any]]]:
         """Name, packed modules and report entry of every unit that is not finished yet."""
         layers = {layer.name: layer for layer in self.moe.moe_layers}
@@ -157,7 +209,7 @@ class _Job:
                 progress.advance(layer.name)
         else:
             request = self._request()
-            work = self._work(windows, request.gradients, out)
+            work = self._work(windows, request.gradients, scratch)
             for stats in stream_statistics(self.moe, windows, request, skip=finished, work=work, progress=progress):
                 name, (packed_layer, entry) = stats.name, self._pack_layer(layers[stats.name], stats)
                 del stats  # one layer's statistics in memory, not two
@@ -189,9 +241,9 @@ class _Job:
         tenths = torch.tensor(losses, dtype=torch.float64).chunk(10)
         return {"nats_per_token": [round(float(tenth.mean()), 6) for tenth in tenths]}
 
-    def _work(self, windows: Tensor, gradients: bool, out: Path) -> Path | None:
-        """Where hidden states go: into memory, or beside the output where they are too many for that."""
-        return out.parent if states_bytes(self.moe, windows.numel(), gradients=gradients) > STATES_IN_MEMORY else None
+    def _work(self, windows: Tensor, gradients: bool, scratch: Path) -> Path | None:
+        """Where hidden states go: into memory, or into a folder where they are too many for that."""
+        return scratch if states_bytes(self.moe, windows.numel(), gradients=gradients) > STATES_IN_MEMORY else None
 
     def expert_parameters(self) -> list[str]:
         """Paths of the parameters that will be packed."""
@@ -252,12 +304,23 @@ def _layer_entry(weights: ExpertWeights, stats: LayerStats | None, stored_bits: 
     return entry
 
 
-def _windows(folder: Path, calibration: CalibrationSettings) -> Tensor:
+def _windows(folder: Path, calibration: CalibrationSettings, moe: MoeModel) -> Tensor:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: has no tokenizer that transformers can load; calibration needs one") from error
-    return calibration_windows(calibration, tokenizer)
+    except Exception as error:  # transformers and tokenizers raise whatever a damaged or newer file does to them
+        raise CheckpointError(
+            f"{folder}: has no tokenizer that transformers can load ({type(error).__name__}: {first_line(error)}); "
+            "calibration needs one"
+        ) from error
+    windows = calibration_windows(calibration, tokenizer)
+    embeddings: Any = moe.model.get_input_embeddings()
+    rows = len(embeddings.weight)
+    if int(windows.max()) >= rows:
+        raise CalibrationError(
+            f"{folder}: its tokenizer gives token {int(windows.max())}, but the model has {rows} embeddings; "
+            "is it the tokenizer of this model?"
+        )
+    return windows
 
 
 class _Clock:

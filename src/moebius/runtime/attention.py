@@ -16,11 +16,18 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 #: What transformers calls it.
 NAME = "moebius_sdpa"
+#: Model types whose attention is a softmax of scaled products under a mask, whatever name it is called by. Others ask for the
+#: name: DeepSeek-V3.2, GLM-5 and MiniMax-M3 leave out what their indexers did not choose under the names they know, only.
+KNOWN = ("olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next", "mixtral", "deepseek_v2", "deepseek_v3", "ernie4_5_moe", "glm4_moe")
+#: Options that do not change what is computed from a mask; any other that is set goes to transformers.
+_PLAIN_OPTIONS = {"scaling", "is_causal", "sliding_window", "position_ids", "cache_position", "use_cache"}
+_PLAIN_OPTIONS |= {"output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep"}
 
 
 def use_single_query_attention(model: PreTrainedModel) -> None:
-    """Let a model on the CPU that attends through ``sdpa`` use :func:`attend`; others stay as they are."""
-    if model.device.type == "cpu" and model.config._attn_implementation == "sdpa":
+    """Let a model on the CPU of a kind in :data:`KNOWN` that attends through ``sdpa`` use :func:`attend`; others stay."""
+    known = getattr(model.config, "model_type", None) in KNOWN and type(model).__module__.startswith("transformers.models.")
+    if known and model.device.type == "cpu" and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(NAME)
 
 
@@ -29,9 +36,9 @@ def attend(
 ) -> tuple[Tensor, None]:
     """As transformers' ``sdpa``: (batch, heads, queries, width) to (batch, queries, heads, width).
 
-    Several queries, and options that change what is computed, are left to it.
+    Several queries, and options that may change what is computed, are left to it.
     """
-    plain = not options.get("dropout") and all(options.get(name) is None for name in ("position_bias", "softcap", "cache"))
+    plain = all(value is None or name in _PLAIN_OPTIONS or (name == "dropout" and not value) for name, value in options.items())
     if query.shape[2] != 1 or query.device.type != "cpu" or not plain:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     batch, heads, _, width = query.shape

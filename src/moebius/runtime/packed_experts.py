@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
+import torch
 from torch import Tensor, nn
 
 from moebius.formats import Packed, PackedProjection
-from moebius.kernels.routed_experts import PackedExperts, prepare
-from moebius.runtime.packed_module import PackedMixin, PackedTensors, Watched, packed_of, swap
+from moebius.kernels.choice import tell_once
+from moebius.kernels.routed_experts import PackedExperts, prepare, reference
+from moebius.runtime.packed_module import PackedMixin, PackedTensors, Watched, packed_of, swap, wants_gradients
 from moebius.types import ExpertsLayout
 
 
@@ -29,10 +31,18 @@ class ProjectionTensors(nn.Module):
 
 
 class PackedExpertsMixin(PackedMixin):
-    """Runs the experts from their packed matrices. Biases, activation and gate are the module's own."""
+    """Runs the experts from their packed matrices. Biases, activation and gate are the module's own.
 
+    Where gradients are taken, the definition runs, which has them: of the hidden state, the routing weights and the biases.
+    """
+
+    # A graph would hold the tensors of the layer it was traced with, and not see that others took their place.
+    @torch.compiler.disable
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As transformers' experts: (tokens, hidden), (tokens, top_k), (tokens, top_k) to (tokens, hidden)."""
+        if wants_gradients(hidden_states, top_k_weights, *_own_biases(self)):
+            tell_once("gradients are taken through packed experts: they are unpacked in plain PyTorch, which is slower")
+            return reference.routed_experts(hidden_states, top_k_index, top_k_weights, packed_experts(self))
         return ready_experts(self).run(hidden_states, top_k_index, top_k_weights)
 
 
@@ -49,10 +59,14 @@ def _activation(module: Any) -> Callable[[Tensor], Tensor]:
 
 def packed_experts(module: Any) -> PackedExperts:
     """All that the experts of a packed module compute with, over its tensors as they are now."""
-    layout, projections = packed_layout(module), packed_projections(module)
-    own = (getattr(module, f"{name}_bias") if layout.has_bias else None for name in (layout.gate_up_name, layout.down_name))
-    biases = (_bias(projection, bias) for projection, bias in zip(projections, own, strict=True))
+    projections = packed_projections(module)
+    biases = (_bias(projection, own) for projection, own in zip(projections, _own_biases(module), strict=True))
     return PackedExperts(*projections, _activation(module), *biases)
+
+
+def _own_biases(module: Any) -> list[Tensor | None]:
+    layout = packed_layout(module)
+    return [getattr(module, f"{name}_bias") if layout.has_bias else None for name in (layout.gate_up_name, layout.down_name)]
 
 
 class ReadyExperts:
@@ -60,8 +74,8 @@ class ReadyExperts:
 
     def __init__(self, module: nn.Module) -> None:
         layout = packed_layout(module)
-        self.experts = packed_experts(module)
-        self.run = prepare(self.experts)
+        with torch.no_grad():
+            self.run = prepare(packed_experts(module))
         parents = [(module._modules, name) for name in (layout.gate_up_name, layout.down_name)]
         parents += [(part._modules, name) for part in _projection_tensors(module) for name in part._modules]
         parents += [(holder, "act_fn") for holder in (module._modules, vars(module)) if "act_fn" in holder]

@@ -10,9 +10,36 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moebius.errors import ShapeError, UnsupportedModelError
 from moebius.formats import Packed
 from moebius.kernels.packed_linear import Linear, prepare
-from moebius.runtime.packed_module import PackedMixin, Watched, move, packed_of, register, swap
+from moebius.runtime.packed_module import PackedMixin, Watched, move, packed_of, register, swap, wants_gradients
+
+
+class UnpackedWeight(Tensor):
+    """The weight of a packed module, made when it was asked for: a change to it would be lost, and is refused.
+
+    That is what merging an adapter does (``weight.data += ...``). What is computed from it is an ordinary tensor.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        in_place = (name.endswith("_") and not name.startswith("__")) or name in _WRITES
+        if (in_place and args and isinstance(args[0], cls)) or isinstance(kwargs.get("out"), cls):
+            raise UnsupportedModelError(
+                "weight of a packed layer: got a write to it (such as merging an adapter), which would be lost; "
+                "keep the adapter beside the layer, or moebius.dequantize(model) first"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
+        # A view shares the memory that nobody will look at again.
+        return result.as_subclass(cls) if name in ("detach", "__get__") and isinstance(result, Tensor) else result
+
+
+_WRITES = {"__setitem__", "__set__", *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"))}
+_WRITES |= {f"__i{name}__" for name in ("and", "or", "xor", "lshift", "rshift")}
 
 
 class PackedWeightMixin(PackedMixin):
@@ -20,10 +47,16 @@ class PackedWeightMixin(PackedMixin):
 
     weight_dtype: torch.dtype
 
+    # Outside of graphs, which would hold the weight that they were traced with.
+    @torch.compiler.disable
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """That of the module's own class."""
+        return super().forward(*args, **kwargs)
+
     @property
     def weight(self) -> Tensor:
-        """(out, in) in the dtype that the parameter would have."""
-        return packed_of(self).unpack()[0].to(self.weight_dtype)
+        """(out, in) in the dtype that the parameter would have. It can be read: what is written to it is refused."""
+        return packed_of(self).unpack()[0].to(self.weight_dtype).as_subclass(UnpackedWeight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeightMixin:
         names: Any = self._packed_names
@@ -38,11 +71,14 @@ class PackedWeightMixin(PackedMixin):
 class PackedLinearMixin(PackedWeightMixin):
     """A linear layer that multiplies from its packed bytes."""
 
+    @torch.compiler.disable
     def forward(self, inputs: Tensor) -> Tensor:
         """(..., in) to (..., out), in the dtype of the inputs."""
         bias: Any = self.bias
-        if inputs.requires_grad and torch.is_grad_enabled():  # kernels have no gradients
-            return functional.linear(inputs, self.weight, bias)
+        if inputs.shape[-1] != self.in_features:
+            raise ShapeError(f"packed linear layer: got inputs {tuple(inputs.shape)}, wanted (..., {self.in_features})")
+        if wants_gradients(inputs, bias):
+            return functional.linear(inputs, self.weight.to(inputs.dtype), bias)
         outputs = ready_linear(self)(inputs.reshape(-1, inputs.shape[-1])).view(*inputs.shape[:-1], -1)
         return outputs if bias is None else outputs.add_(bias)
 

@@ -53,7 +53,9 @@ def routed_experts(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, e
     largest = max(1, *(p.factor.rows * p.factor.columns for p in (gate_up, down)))
     most = min(experts.count, max(1, _UNPACKED_WEIGHTS // largest))
     # Gradients want all matrices once more, and then each has to have memory of its own.
-    buffer = None if hidden.requires_grad else inputs.new_empty(most * largest)
+    differentiable = (hidden, top_k_weights, experts.gate_up_bias, experts.down_bias)
+    wanted = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable)
+    buffer = None if wanted else inputs.new_empty(most * largest)
     for group, members, valid in _groups(slots, experts.count, most):
         chosen = members[valid]
         states = torch.bmm(inputs[members // top_k], _unpacked(gate_up.factor, group, buffer).mT)[valid]
