@@ -11,14 +11,16 @@ std::string product_of(const char* name, int rows, int columns) {
 
 // Throws unless a matrix is (rows, columns).
 void check_matrix(const char* name, const Matrix& matrix, int64_t rows, int64_t columns) {
-  require(matrix.rows == rows && matrix.columns == columns, "decoder layer: got a matrix " + product_of(name, matrix.rows, matrix.columns) +
-                                                               ", wanted (" + std::to_string(rows) + ", " + std::to_string(columns) + ")");
+  require(matrix.rows == rows && matrix.columns == columns, "decoder layer: got a matrix " +
+                                                                product_of(name, matrix.rows, matrix.columns) + ", wanted (" +
+                                                                std::to_string(rows) + ", " + std::to_string(columns) + ")");
 }
 
 void construct_matrix(Matrix* self, const PackedLinear* packed, const OptionalArray& weight, const OptionalArray& bias) {
   require((packed != nullptr) != weight.has_value(), "matrix: got both or none of packed and dense, wanted one");
   const bool bf16 = weight && check_floats("weight", *weight, {kAny, kAny});
-  const int rows = packed ? packed->rows() : size_of("weight", *weight, 0), columns = packed ? packed->columns() : size_of("weight", *weight, 1);
+  const int rows = packed ? packed->rows() : size_of("weight", *weight, 0),
+            columns = packed ? packed->columns() : size_of("weight", *weight, 1);
   if (bias) check("bias", *bias, Kind::f32, {rows});
   new (self) Matrix{packed, pointer<void>(weight), bf16, rows, columns, pointer<float>(bias)};
 }
@@ -36,16 +38,16 @@ void apply_matrix(const Matrix& matrix, const Array& inputs, const Array& output
 // One factor behind another, which may be missing: what the first gives is what the second takes.
 void check_meeting(const char* name, const Factor* first, const Factor* second) {
   if (!first || !second) return;
-  require(first->rows == second->columns, std::string("experts: got a factor that gives ") + std::to_string(first->rows) + " before " + name +
-                                              ", which takes " + std::to_string(second->columns));
+  require(first->rows == second->columns, std::string("experts: got a factor that gives ") + std::to_string(first->rows) +
+                                              " before " + name + ", which takes " + std::to_string(second->columns));
 }
 
 void construct_experts(Experts* self, const Factor* gate_up_right, const Factor& gate_up, const Factor* gate_up_left,
                        const Factor* down_right, const Factor& down, const Factor* down_left) {
   for (const Factor* shared : {gate_up_right, gate_up_left, down_right, down_left})
     require(!shared || shared->batch == 1, "experts: got shared factors of several matrices, wanted one");
-  require(gate_up.batch == down.batch, "experts: got " + std::to_string(gate_up.batch) + " of gate_up and " + std::to_string(down.batch) +
-                                           " of down, wanted as many");
+  require(gate_up.batch == down.batch, "experts: got " + std::to_string(gate_up.batch) + " of gate_up and " +
+                                           std::to_string(down.batch) + " of down, wanted as many");
   check_meeting("gate_up", gate_up_right, &gate_up);
   check_meeting("gate_up.left", &gate_up, gate_up_left);
   check_meeting("down", down_right, &down);
@@ -76,8 +78,9 @@ void apply_experts(const Experts& experts, const Array& inputs, const Array& cho
 void construct_layer(DecoderLayer* self, const Array& attention_norm, const Array& mlp_norm, float epsilon, const Matrix& query,
                      const Matrix& key, const Matrix& value, const Matrix& output, const OptionalArray& query_norm,
                      const OptionalArray& key_norm, int heads, int key_heads, int width, float scaling) {
-  require(heads > 0 && key_heads > 0 && width > 0 && heads % key_heads == 0,
-          "attention: got " + std::to_string(heads) + " heads for " + std::to_string(key_heads) + " of the keys, wanted a multiple");
+  require(heads > 0 && key_heads > 0 && width > 0 && heads % key_heads == 0, "attention: got " + std::to_string(heads) +
+                                                                                 " heads for " + std::to_string(key_heads) +
+                                                                                 " of the keys, wanted a multiple");
   const int64_t all = int64_t{heads} * width, few = int64_t{key_heads} * width;
   const int hidden = query.columns;
   check_matrix("query", query, all, hidden);
@@ -89,7 +92,8 @@ void construct_layer(DecoderLayer* self, const Array& attention_norm, const Arra
   const bool by_head = query_norm && query_norm->ndim() == 1 && static_cast<int64_t>(query_norm->shape(0)) == width;
   if (query_norm) check("query_norm", *query_norm, Kind::f32, {by_head ? width : all});
   if (key_norm) check("key_norm", *key_norm, Kind::f32, {by_head ? width : few});
-  const Attention attention{query, key, value, output, pointer<float>(query_norm), pointer<float>(key_norm), by_head, heads, key_heads, width, scaling};
+  const Attention attention{query, key,       value, output, pointer<float>(query_norm), pointer<float>(key_norm), by_head,
+                            heads, key_heads, width, scaling};
   new (self) DecoderLayer(pointer<float>(attention_norm), attention, pointer<float>(mlp_norm), epsilon);
 }
 
@@ -102,11 +106,11 @@ GatedMlp gated_mlp(const DecoderLayer& layer, const Matrix& gate, const Matrix& 
 
 void set_routed(DecoderLayer& layer, const Matrix& router, int top_k, bool normalized, const Experts& experts) {
   check_matrix("router", router, experts.gate_up->batch, layer.hidden());
-  require(top_k >= 1 && top_k <= router.rows, "router: got " + std::to_string(top_k) + " experts for each token, wanted 1 to " +
-                                                  std::to_string(router.rows));
+  require(top_k >= 1 && top_k <= router.rows,
+          "router: got " + std::to_string(top_k) + " experts for each token, wanted 1 to " + std::to_string(router.rows));
   require(experts.inputs() == layer.hidden() && experts.hidden() == layer.hidden(),
-          "experts: got " + std::to_string(experts.inputs()) + " inputs and " + std::to_string(experts.hidden()) + " outputs, wanted " +
-              std::to_string(layer.hidden()));
+          "experts: got " + std::to_string(experts.inputs()) + " inputs and " + std::to_string(experts.hidden()) +
+              " outputs, wanted " + std::to_string(layer.hidden()));
   layer.routed = RoutedExperts{router, top_k, normalized, experts};
 }
 
@@ -117,8 +121,8 @@ void set_shared(DecoderLayer& layer, const Matrix& gate, const Matrix& up, const
 
 CachePart cache_part(const Array& part) { return {part.data(), part.stride(0), part.stride(1)}; }
 
-void step(const DecoderLayer& layer, const Array& states, const Array& cosines, const Array& sines, const Array& keys, const Array& values,
-          int threads) {
+void step(const DecoderLayer& layer, const Array& states, const Array& cosines, const Array& sines, const Array& keys,
+          const Array& values, int threads) {
   const Attention& attention = layer.attention;
   check("states", states, Kind::f32, {kAny, layer.hidden()});
   const int count = size_of("states", states, 0);
@@ -153,8 +157,9 @@ void place(const Array& states, const Array& room, const OptionalArray& norm, fl
             width = size_of("room", room, 3);
   check("states", states, Kind::f32, {kAny, int64_t{heads} * width});
   const int count = size_of("states", states, 0), tokens = texts ? count / texts : 0;
-  require(int64_t{tokens} * texts == count && tokens <= length, "states: got " + std::to_string(count) + " tokens of " + std::to_string(texts) +
-                                                                    " texts, with room for " + std::to_string(length) + " of each");
+  require(int64_t{tokens} * texts == count && tokens <= length, "states: got " + std::to_string(count) + " tokens of " +
+                                                                    std::to_string(texts) + " texts, with room for " +
+                                                                    std::to_string(length) + " of each");
   if (norm) check("norm", *norm, Kind::f32, {width});
   require(cosines.has_value() == sines.has_value(), "positions: got one of cosines and sines, wanted both");
   if (cosines) check("cosines", *cosines, Kind::f32, {tokens, width}), check("sines", *sines, Kind::f32, {tokens, width});
@@ -170,32 +175,40 @@ void place(const Array& states, const Array& room, const OptionalArray& norm, fl
 void bind_decoder(nb::module_& m) {
   // A linear layer of any kind: packed or dense. Each class keeps its parts alive.
   nb::class_<Matrix>(m, "Matrix")
-      .def("__init__", &construct_matrix, nb::arg("packed").none(), nb::arg("weight").none(), nb::arg("bias").none(), nb::keep_alive<1, 2>(),
-           nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>())
+      .def("__init__", &construct_matrix, nb::arg("packed").none(), nb::arg("weight").none(), nb::arg("bias").none(),
+           nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>())
       .def("apply", &apply_matrix, nb::arg("inputs"), nb::arg("outputs"), nb::arg("threads"));
   nb::class_<Experts>(m, "Experts")
       .def("__init__", &construct_experts, nb::arg("gate_up_right").none(), nb::arg("gate_up"), nb::arg("gate_up_left").none(),
-           nb::arg("down_right").none(), nb::arg("down"), nb::arg("down_left").none(), nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(),
-           nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>())
+           nb::arg("down_right").none(), nb::arg("down"), nb::arg("down_left").none(), nb::keep_alive<1, 2>(),
+           nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(),
+           nb::keep_alive<1, 7>())
       .def_prop_ro("outputs", &Experts::hidden)
-      .def("apply", &apply_experts, nb::arg("inputs"), nb::arg("chosen"), nb::arg("weights"), nb::arg("outputs"), nb::arg("threads"));
+      .def("apply", &apply_experts, nb::arg("inputs"), nb::arg("chosen"), nb::arg("weights"), nb::arg("outputs"),
+           nb::arg("threads"));
   nb::class_<DecoderLayer>(m, "DecoderLayer")
       .def("__init__", &construct_layer, nb::arg("attention_norm"), nb::arg("mlp_norm"), nb::arg("epsilon"), nb::arg("query"),
-           nb::arg("key"), nb::arg("value"), nb::arg("output"), nb::arg("query_norm").none(), nb::arg("key_norm").none(), nb::arg("heads"),
-           nb::arg("key_heads"), nb::arg("width"), nb::arg("scaling"), nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(),
-           nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>(), nb::keep_alive<1, 8>(), nb::keep_alive<1, 9>(),
-           nb::keep_alive<1, 10>())
-      .def("set_dense",
-           [](DecoderLayer& layer, const Matrix& gate, const Matrix& up, const Matrix& down) { layer.dense = gated_mlp(layer, gate, up, down); },
-           nb::arg("gate"), nb::arg("up"), nb::arg("down"), nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>())
-      .def("set_routed", &set_routed, nb::arg("router"), nb::arg("top_k"), nb::arg("normalized"), nb::arg("experts"), nb::keep_alive<1, 2>(),
-           nb::keep_alive<1, 5>())
-      .def("set_shared", &set_shared, nb::arg("gate"), nb::arg("up"), nb::arg("down"), nb::arg("weigher"), nb::keep_alive<1, 2>(),
-           nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>())
-      .def("step", &step, nb::arg("states"), nb::arg("cosines"), nb::arg("sines"), nb::arg("keys"), nb::arg("values"), nb::arg("threads"));
-  m.def("normalize", &normalize_rows, nb::arg("inputs"), nb::arg("weight"), nb::arg("epsilon"), nb::arg("outputs"), nb::arg("threads"));
-  m.def("place_heads", &place, nb::arg("states"), nb::arg("room"), nb::arg("norm").none(), nb::arg("epsilon"), nb::arg("cosines").none(),
-        nb::arg("sines").none(), nb::arg("threads"));
+           nb::arg("key"), nb::arg("value"), nb::arg("output"), nb::arg("query_norm").none(), nb::arg("key_norm").none(),
+           nb::arg("heads"), nb::arg("key_heads"), nb::arg("width"), nb::arg("scaling"), nb::keep_alive<1, 2>(),
+           nb::keep_alive<1, 3>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>(),
+           nb::keep_alive<1, 8>(), nb::keep_alive<1, 9>(), nb::keep_alive<1, 10>())
+      .def(
+          "set_dense",
+          [](DecoderLayer& layer, const Matrix& gate, const Matrix& up, const Matrix& down) {
+            layer.dense = gated_mlp(layer, gate, up, down);
+          },
+          nb::arg("gate"), nb::arg("up"), nb::arg("down"), nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(),
+          nb::keep_alive<1, 4>())
+      .def("set_routed", &set_routed, nb::arg("router"), nb::arg("top_k"), nb::arg("normalized"), nb::arg("experts"),
+           nb::keep_alive<1, 2>(), nb::keep_alive<1, 5>())
+      .def("set_shared", &set_shared, nb::arg("gate"), nb::arg("up"), nb::arg("down"), nb::arg("weigher"),
+           nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>())
+      .def("step", &step, nb::arg("states"), nb::arg("cosines"), nb::arg("sines"), nb::arg("keys"), nb::arg("values"),
+           nb::arg("threads"));
+  m.def("normalize", &normalize_rows, nb::arg("inputs"), nb::arg("weight"), nb::arg("epsilon"), nb::arg("outputs"),
+        nb::arg("threads"));
+  m.def("place_heads", &place, nb::arg("states"), nb::arg("room"), nb::arg("norm").none(), nb::arg("epsilon"),
+        nb::arg("cosines").none(), nb::arg("sines").none(), nb::arg("threads"));
 }
 
 }  // namespace moebius

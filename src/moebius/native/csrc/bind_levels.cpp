@@ -70,7 +70,8 @@ void dot_signs(const Level& level, const Array& signs, const Array& values, int 
   check("sums", sums, Kind::i32, {kAny});
   require(sums.shape(0) >= signs.shape(0), "sums: got fewer than rows");
   const auto* begin = pointer<uint8_t>(signs);
-  level.dot_signs(begin, begin + signs.shape(1) * rows, signs.shape(1), rows, pointer<int16_t>(values), columns, pointer<int32_t>(sums));
+  level.dot_signs(begin, begin + signs.shape(1) * rows, signs.shape(1), rows, pointer<int16_t>(values), columns,
+                  pointer<int32_t>(sums));
 }
 
 void dot_codes(const Level& level, const Array& codes, int bits, const Array& values, int columns, const Array& sums) {

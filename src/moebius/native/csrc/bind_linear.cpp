@@ -41,8 +41,8 @@ void unpack(const PackedLinear& linear, int first, const Array& out, int threads
 
 void bind_linear(nb::module_& m) {
   nb::class_<PackedLinear>(m, "PackedLinear")
-      .def("__init__", &construct, nb::arg("columns"), nb::arg("bits"), nb::arg("group_size"), nb::arg("codes"), nb::arg("scales"),
-           nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>())
+      .def("__init__", &construct, nb::arg("columns"), nb::arg("bits"), nb::arg("group_size"), nb::arg("codes"),
+           nb::arg("scales"), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>())
       .def("apply", &apply, nb::arg("inputs"), nb::arg("outputs"), nb::arg("threads"))
       .def("unpack", &unpack, nb::arg("first"), nb::arg("out"), nb::arg("threads"));
 }

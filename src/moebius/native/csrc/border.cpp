@@ -6,7 +6,8 @@ namespace moebius {
 namespace {
 
 nb::dlpack::dtype dtype_of(Kind kind) {
-  const auto integer = static_cast<uint8_t>(nb::dlpack::dtype_code::Int), floating = static_cast<uint8_t>(nb::dlpack::dtype_code::Float);
+  const auto integer = static_cast<uint8_t>(nb::dlpack::dtype_code::Int),
+             floating = static_cast<uint8_t>(nb::dlpack::dtype_code::Float);
   switch (kind) {
     case Kind::f32: return {floating, 32, 1};
     case Kind::bf16: return {static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat), 16, 1};
@@ -27,13 +28,15 @@ std::string name_of(nb::dlpack::dtype dtype) {
 template <typename Sizes>
 std::string shape_of(const Sizes& sizes) {
   std::string text = "(";
-  for (const int64_t size : sizes) text += (text.size() > 1 ? ", " : "") + (size == kAny ? std::string("any") : std::to_string(size));
+  for (const int64_t size : sizes)
+    text += (text.size() > 1 ? ", " : "") + (size == kAny ? std::string("any") : std::to_string(size));
   return text + ")";
 }
 
 std::string described(const Array& array) {
   std::vector<int64_t> sizes, strides;
-  for (size_t i = 0; i < array.ndim(); ++i) sizes.push_back(static_cast<int64_t>(array.shape(i))), strides.push_back(array.stride(i));
+  for (size_t i = 0; i < array.ndim(); ++i)
+    sizes.push_back(static_cast<int64_t>(array.shape(i))), strides.push_back(array.stride(i));
   const std::string where = array.device_type() == nb::device::cpu::value ? "" : ", not on the CPU";
   return name_of(array.dtype()) + " " + shape_of(sizes) + " with strides " + shape_of(strides) + where;
 }
@@ -56,7 +59,8 @@ bool fits(const Array& array, std::initializer_list<int64_t> shape, size_t from)
 }
 
 [[noreturn]] void refuse(const char* name, const Array& array, const std::string& kind, std::initializer_list<int64_t> shape) {
-  throw BorderError(std::string(name) + ": got " + described(array) + ", wanted contiguous " + kind + " " + shape_of(shape) + " on the CPU");
+  throw BorderError(std::string(name) + ": got " + described(array) + ", wanted contiguous " + kind + " " + shape_of(shape) +
+                    " on the CPU");
 }
 
 }  // namespace
@@ -67,7 +71,8 @@ void check(const char* name, const Array& array, Kind kind, std::initializer_lis
 
 bool check_floats(const char* name, const Array& array, std::initializer_list<int64_t> shape, size_t from) {
   const bool bf16 = array.dtype() == dtype_of(Kind::bf16);
-  if ((!bf16 && array.dtype() != dtype_of(Kind::f32)) || !fits(array, shape, from)) refuse(name, array, "float32 or bfloat16", shape);
+  if ((!bf16 && array.dtype() != dtype_of(Kind::f32)) || !fits(array, shape, from))
+    refuse(name, array, "float32 or bfloat16", shape);
   return bf16;
 }
 
@@ -76,7 +81,8 @@ void require(bool good, const std::string& message) {
 }
 
 int size_of(const char* name, int64_t size) {
-  require(size >= 0 && size <= INT_MAX, std::string(name) + ": got a size of " + std::to_string(size) + ", wanted 0 to " + std::to_string(INT_MAX));
+  require(size >= 0 && size <= INT_MAX,
+          std::string(name) + ": got a size of " + std::to_string(size) + ", wanted 0 to " + std::to_string(INT_MAX));
   return static_cast<int>(size);
 }
 

@@ -12,8 +12,8 @@
 namespace moebius {
 namespace {
 
-constexpr int kLanesPerTask = 1024;   // of outputs
-constexpr int kCodeRowsPerTask = 64;  // rows of a shared factor
+constexpr int kLanesPerTask = 1024;     // of outputs
+constexpr int kCodeRowsPerTask = 64;    // rows of a shared factor
 constexpr float kCodesCentre = 127.5f;  // of bytes that stand for codes
 
 // A matrix of codes, one scale per direction, levels symmetric around zero: scale · (code − (2^bits − 1) / 2).
@@ -82,7 +82,9 @@ class CodesInput final : public CodeRows {
 
   Shape tile_shape(int) const override { return {t_.entries, t_.directions, false, kCodesCentre}; }
   void scale_inputs(int, const float* from, const Level&, float* out) const override { std::copy_n(from, t_.entries, out); }
-  void output_scales(int, int first, int count, const Level&, float* out) const override { std::copy_n(t_.scales + first, count, out); }
+  void output_scales(int, int first, int count, const Level&, float* out) const override {
+    std::copy_n(t_.scales + first, count, out);
+  }
 
  protected:
   void apply(const std::vector<Slot>& slots, const Level& level, int threads) const override {

@@ -19,26 +19,26 @@ constexpr int kColumnsPerTask = 256, kFewSlots = 64;  // of a sum over experts, 
 
 // Room for what a thread computes between the matrices; it keeps its memory from call to call.
 struct Workspace {
-  std::vector<float> normed;                      // states after a norm
-  std::vector<float> queries, keys, values;       // of the new tokens, all heads
-  std::vector<float> scores;                      // of the queries of one head of the keys
-  std::vector<float> attended;                    // values, weighed by the scores
-  std::vector<float> outputs;                     // of a half of the layer, before they are added to the states
-  std::vector<float> logits;                      // of the router
-  std::vector<int> ranking;                       // experts of one token, the likeliest first
-  std::vector<int64_t> chosen;                    // the likeliest experts of each token
-  std::vector<float> chosen_weights;              // what they count for
-  std::vector<float> shared_gates;                // what the shared expert counts for
-  std::vector<int> order;                         // of slots, by expert
+  std::vector<float> normed;                       // states after a norm
+  std::vector<float> queries, keys, values;        // of the new tokens, all heads
+  std::vector<float> scores;                       // of the queries of one head of the keys
+  std::vector<float> attended;                     // values, weighed by the scores
+  std::vector<float> outputs;                      // of a half of the layer, before they are added to the states
+  std::vector<float> logits;                       // of the router
+  std::vector<int> ranking;                        // experts of one token, the likeliest first
+  std::vector<int64_t> chosen;                     // the likeliest experts of each token
+  std::vector<float> chosen_weights;               // what they count for
+  std::vector<float> shared_gates;                 // what the shared expert counts for
+  std::vector<int> order;                          // of slots, by expert
   std::vector<int64_t> slot_experts, slot_tokens;  // of every slot in order
   std::vector<float> slot_weights;
-  std::vector<float> coordinates;                 // inputs in the basis that experts share
-  std::vector<float> gates_and_ups;               // of an MLP that is not routed
-  std::vector<float> products;                    // of a factor of the experts
-  std::vector<float> channels;                    // gates and ups of the experts, where a shared factor makes them
-  std::vector<float> units;                       // after the activation
-  std::vector<float> narrowed;                    // the same in the basis that experts share
-  std::vector<float> summed;                      // outputs of the experts, before the shared factor
+  std::vector<float> coordinates;    // inputs in the basis that experts share
+  std::vector<float> gates_and_ups;  // of an MLP that is not routed
+  std::vector<float> products;       // of a factor of the experts
+  std::vector<float> channels;       // gates and ups of the experts, where a shared factor makes them
+  std::vector<float> units;          // after the activation
+  std::vector<float> narrowed;       // the same in the basis that experts share
+  std::vector<float> summed;         // outputs of the experts, before the shared factor
 };
 
 Workspace& workspace() {
@@ -66,10 +66,8 @@ void add(const float* from, size_t count, float* to) {
 // One vector of a cache.
 void store(const CachePart& part, bool bf16, int text, int head, int token, int width, const float* values) {
   const int64_t at = text * part.text_stride + head * part.head_stride + int64_t{token} * width;
-  if (bf16)
-    std::transform(values, values + width, static_cast<uint16_t*>(part.at) + at, portable_rounded);
-  else
-    std::copy_n(values, width, static_cast<float*>(part.at) + at);
+  if (bf16) std::transform(values, values + width, static_cast<uint16_t*>(part.at) + at, portable_rounded);
+  else std::copy_n(values, width, static_cast<float*>(part.at) + at);
 }
 
 // The first half of a vector turned against the second.
@@ -97,12 +95,14 @@ void attend(const Attention& a, const LayerCache& cache, int text, int key_head,
             const DenseLevel& dense) {
   const int tokens = cache.length + 1, group = a.heads / a.key_heads;
   const T* keys = static_cast<const T*>(cache.keys.at) + text * cache.keys.text_stride + key_head * cache.keys.head_stride;
-  const T* values = static_cast<const T*>(cache.values.at) + text * cache.values.text_stride + key_head * cache.values.head_stride;
+  const T* values =
+      static_cast<const T*>(cache.values.at) + text * cache.values.text_stride + key_head * cache.values.head_stride;
   float* const scores = room(workspace().scores, static_cast<size_t>(tokens) * group);
   for (int t = 0; t < tokens; ++t)
     for (int g = 0; g < group; ++g) {
       const float* query = queries + g * a.width;
-      if constexpr (sizeof(T) == 2) scores[g * tokens + t] = a.scaling * dense.dot_bf16(keys + int64_t{t} * a.width, query, a.width);
+      if constexpr (sizeof(T) == 2)
+        scores[g * tokens + t] = a.scaling * dense.dot_bf16(keys + int64_t{t} * a.width, query, a.width);
       else scores[g * tokens + t] = a.scaling * dense.dot_floats(keys + int64_t{t} * a.width, query, a.width);
     }
   for (int g = 0; g < group; ++g) {
@@ -152,7 +152,8 @@ void add_attention(const Attention& a, float epsilon, const float* inputs, float
 }
 
 // (count, 2 · units), or gates and ups apart, to (count, units).
-void activate(const float* gates, const float* ups, int stride, int count, int units, float* out, const Level& level, int threads) {
+void activate(const float* gates, const float* ups, int stride, int count, int units, float* out, const Level& level,
+              int threads) {
   const DenseLevel& dense = dense_of(level);
   const int parts = (units + kUnitsPerTask - 1) / kUnitsPerTask;
   for_each(count * parts, threads, [&](int task) {
@@ -167,7 +168,8 @@ const float* apply_mlp(const GatedMlp& mlp, const float* inputs, int count, cons
   const int units = mlp.gate.rows;
   Workspace& w = workspace();
   float* const both = room(w.gates_and_ups, 2 * static_cast<size_t>(count) * units);
-  float *const ups = both + static_cast<size_t>(count) * units, *const between = room(w.units, static_cast<size_t>(count) * units);
+  float *const ups = both + static_cast<size_t>(count) * units, *const between =
+                                                                    room(w.units, static_cast<size_t>(count) * units);
   mlp.gate.apply(inputs, both, count, level, threads);
   mlp.up.apply(inputs, ups, count, level, threads);
   activate(both, ups, units, count, units, between, level, threads);
@@ -177,7 +179,8 @@ const float* apply_mlp(const GatedMlp& mlp, const float* inputs, int count, cons
 }
 
 // The likeliest experts of each token, (count, top_k), and their weights.
-void route(const RoutedExperts& r, const float* inputs, int count, int64_t* chosen, float* weights, const Level& level, int threads) {
+void route(const RoutedExperts& r, const float* inputs, int count, int64_t* chosen, float* weights, const Level& level,
+           int threads) {
   const int experts = r.router.rows;
   Workspace& w = workspace();
   float* const logits = room(w.logits, static_cast<size_t>(count) * experts);
@@ -199,7 +202,8 @@ void route(const RoutedExperts& r, const float* inputs, int count, int64_t* chos
 }
 
 // A shared factor times `count` vectors; the vectors themselves if there is none.
-const float* through(const Factor* factor, const float* inputs, int count, std::vector<float>& buffer, const Level& level, int threads) {
+const float* through(const Factor* factor, const float* inputs, int count, std::vector<float>& buffer, const Level& level,
+                     int threads) {
   if (!factor) return inputs;
   float* const outputs = room(buffer, static_cast<size_t>(count) * factor->rows);
   factor->apply(inputs, outputs, {nullptr, count, 1, nullptr}, level, threads);
@@ -218,7 +222,8 @@ int end_of_part(const int64_t* matrices, int begin, int slots) {
   return last;
 }
 
-void add_routed(const RoutedExperts& r, const float* inputs, float* states, int count, int hidden, const Level& level, int threads) {
+void add_routed(const RoutedExperts& r, const float* inputs, float* states, int count, int hidden, const Level& level,
+                int threads) {
   Workspace& w = workspace();
   int64_t* const chosen = room(w.chosen, static_cast<size_t>(count) * r.top_k);
   float* const weights = room(w.chosen_weights, static_cast<size_t>(count) * r.top_k);
@@ -228,7 +233,8 @@ void add_routed(const RoutedExperts& r, const float* inputs, float* states, int 
   add(outputs, static_cast<size_t>(count) * hidden, states);
 }
 
-void add_shared(const SharedExpert& expert, const float* inputs, float* states, int count, int hidden, const Level& level, int threads) {
+void add_shared(const SharedExpert& expert, const float* inputs, float* states, int count, int hidden, const Level& level,
+                int threads) {
   float* const gates = room(workspace().shared_gates, count);
   expert.gate.apply(inputs, gates, count, level, threads);
   const float* outputs = apply_mlp(expert.mlp, inputs, count, level, threads);
@@ -249,8 +255,9 @@ void Matrix::apply(const float* inputs, float* outputs, int count, const Level& 
         for (int i = 0; i < count; ++i) {
           const float* input = inputs + static_cast<size_t>(i) * columns;
           const size_t at = static_cast<size_t>(row) * columns;
-          outputs[static_cast<size_t>(i) * rows + row] = bf16 ? dense.dot_bf16(static_cast<const uint16_t*>(weight) + at, input, columns)
-                                                              : dense.dot_floats(static_cast<const float*>(weight) + at, input, columns);
+          outputs[static_cast<size_t>(i) * rows + row] =
+              bf16 ? dense.dot_bf16(static_cast<const uint16_t*>(weight) + at, input, columns)
+                   : dense.dot_floats(static_cast<const float*>(weight) + at, input, columns);
         }
     });
   }
@@ -258,8 +265,8 @@ void Matrix::apply(const float* inputs, float* outputs, int count, const Level& 
     for (int i = 0; i < count; ++i) add(bias, rows, outputs + static_cast<size_t>(i) * rows);
 }
 
-void normalize(const float* inputs, const float* weight, float epsilon, int count, int width, float* outputs, const Level& level,
-               int threads) {
+void normalize(const float* inputs, const float* weight, float epsilon, int count, int width, float* outputs,
+               const Level& level, int threads) {
   const DenseLevel& dense = dense_of(level);
   for_each((count + kVectorsPerTask - 1) / kVectorsPerTask, threads, [&](int task) {
     for (int i = task * kVectorsPerTask; i < std::min(count, (task + 1) * kVectorsPerTask); ++i) {
@@ -294,8 +301,7 @@ void Experts::apply(const float* inputs, const int64_t* chosen, const float* wei
   const int slots = count * top_k;
   int* const order = room(w.order, slots);
   std::iota(order, order + slots, 0);
-  if (slots > kSlotsAtOnce)
-    std::stable_sort(order, order + slots, [&](int a, int b) { return chosen[a] < chosen[b]; });
+  if (slots > kSlotsAtOnce) std::stable_sort(order, order + slots, [&](int a, int b) { return chosen[a] < chosen[b]; });
   int64_t *const matrices = room(w.slot_experts, slots), *const tokens = room(w.slot_tokens, slots);
   float* const factors = room(w.slot_weights, slots);
   for (int i = 0; i < slots; ++i) matrices[i] = chosen[order[i]], tokens[i] = order[i] / top_k, factors[i] = weights[order[i]];
@@ -325,7 +331,8 @@ void Experts::add_slots(const float* shared, const int64_t* matrices, const int6
   for_each((width + columns - 1) / columns, threads, [&](int task) {
     const int from = task * columns, several = std::min(columns, width - from);
     for (int i = 0; i < slots; ++i)
-      dense_of(level).add_floats(second + static_cast<size_t>(i) * width + from, factors[i], several, summed + tokens[i] * width + from);
+      dense_of(level).add_floats(second + static_cast<size_t>(i) * width + from, factors[i], several,
+                                 summed + tokens[i] * width + from);
   });
 }
 

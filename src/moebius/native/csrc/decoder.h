@@ -23,8 +23,8 @@ struct Matrix {
 };
 
 // x / √(mean x² + epsilon) · weight, for `count` vectors.
-void normalize(const float* inputs, const float* weight, float epsilon, int count, int width, float* outputs, const Level& level,
-               int threads);
+void normalize(const float* inputs, const float* weight, float epsilon, int count, int width, float* outputs,
+               const Level& level, int threads);
 
 struct Attention {
   Matrix query, key, value, output;
@@ -38,7 +38,8 @@ struct GatedMlp {
   Matrix gate, up, down;
 };
 
-// The factors of a layer's experts; shared ones may be null. The activation is SiLU of the first half of gate_up times the second.
+// The factors of a layer's experts; shared ones may be null. The activation is SiLU of the first half of gate_up times the
+// second.
 struct Experts {
   const Factor *gate_up_right, *gate_up, *gate_up_left, *down_right, *down, *down_left;
 
@@ -52,8 +53,8 @@ struct Experts {
 
  private:
   // Onto sums of tokens: some slots, each with a matrix, the token it belongs to, and what its expert counts for that.
-  void add_slots(const float* shared, const int64_t* matrices, const int64_t* tokens, const float* factors, int slots, float* summed,
-                 const Level& level, int threads) const;
+  void add_slots(const float* shared, const int64_t* matrices, const int64_t* tokens, const float* factors, int slots,
+                 float* summed, const Level& level, int threads) const;
 };
 
 struct RoutedExperts {

@@ -28,7 +28,8 @@ void Factor::apply(const float* inputs, float* outputs, const Routes& routes, co
     const int64_t input = routes.inputs ? routes.inputs[row] : row / routes.inputs_per;
     slots.push_back({static_cast<int>(matrix), row, inputs + input * columns, output});
   }
-  if (routes.matrices) std::stable_sort(slots.begin(), slots.end(), [](const Slot& a, const Slot& b) { return a.matrix < b.matrix; });
+  if (routes.matrices)
+    std::stable_sort(slots.begin(), slots.end(), [](const Slot& a, const Slot& b) { return a.matrix < b.matrix; });
   if (!level.tiles) return slots.empty() ? void() : apply(slots, level, threads);
   std::vector<Slot> few;
   std::vector<TileSlot> many;

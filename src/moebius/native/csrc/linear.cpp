@@ -110,7 +110,8 @@ void PackedLinear::apply(const void* inputs, void* outputs, int count, bool bf16
       const Vector& vector = vectors[i];
       if (all_.bits == 8) {
         linear.dot_bytes(rows, vector.arranged.data(), totals.data());
-        for (int r = 0; r < rows.rows; ++r) sums[r] = portable_half(rows.scales[r]) * static_cast<float>(2 * totals[r] - 255 * vector.total);
+        for (int r = 0; r < rows.rows; ++r)
+          sums[r] = portable_half(rows.scales[r]) * static_cast<float>(2 * totals[r] - 255 * vector.total);
       } else {
         linear.dot_nibbles(rows, vector.arranged.data(), vector.centres.data(), sums.data());
       }
@@ -118,8 +119,7 @@ void PackedLinear::apply(const void* inputs, void* outputs, int count, bool bf16
       for (int r = 0; r < rows.rows; ++r) sums[r] *= 0.5f * vector.step;
       if (bf16)
         for (int r = 0; r < rows.rows; ++r) static_cast<uint16_t*>(outputs)[at + r] = portable_rounded(sums[r]);
-      else
-        std::copy_n(sums.data(), rows.rows, static_cast<float*>(outputs) + at);
+      else std::copy_n(sums.data(), rows.rows, static_cast<float*>(outputs) + at);
     }
   });
 }

@@ -46,7 +46,8 @@ class Planes : public Factor {
   void for_each_stretch(int e, Visit visit) const {
     for (int count = t_.planes; count > 0; --count) {
       const int begin = width(e, count), end = width(e, count - 1);
-      for (int p = 0, row = 0; p < count && begin < end; row += width(e, p++)) visit(begin, end, row + begin, t_.amplitudes[count][p]);
+      for (int p = 0, row = 0; p < count && begin < end; row += width(e, p++))
+        visit(begin, end, row + begin, t_.amplitudes[count][p]);
     }
   }
 
@@ -57,7 +58,8 @@ class Planes : public Factor {
   void unpack_row(int e, int direction, uint16_t* out, const Level& level) const override {
     const uint8_t* rows[kMostPlanes];
     int count = 0;
-    for (const uint8_t* plane = signs(e); count < t_.planes && direction < width(e, count); plane += width(e, count++) * stride_)
+    for (const uint8_t* plane = signs(e); count < t_.planes && direction < width(e, count);
+         plane += width(e, count++) * stride_)
       rows[count] = plane + direction * stride_;
     uint16_t table[1 << kMostPlanes] = {};
     for (int index = 0; index < 1 << count; ++index) {
@@ -193,7 +195,8 @@ class PlanesOutput final : public Planes {
         const Quantized& q = values[i];
         for (size_t run = 0; run + 1 < q.runs.size(); ++run) {
           const int first = q.runs[run], columns = q.runs[run + 1] - first;
-          level.dot_signs(signs(slots[i].matrix) + row * stride_ + first / 8, end, stride_, rows, q.values.data() + first, columns, to);
+          level.dot_signs(signs(slots[i].matrix) + row * stride_ + first / 8, end, stride_, rows, q.values.data() + first,
+                          columns, to);
         }
       }
     });

@@ -41,8 +41,9 @@ class Signs final : public Factor {
     const bool salient = first >= salient_begin();
     const size_t bytes = bytes_of(salient ? t_.salient : t_.columns, 1);
     const uint8_t* all = salient ? t_.salient_signs : t_.signs;
-    const uint8_t* corner = all + (static_cast<size_t>(e) * t_.rows + row) * bytes + (salient ? first - salient_begin() : first) / 8;
-    const uint8_t* end = all + static_cast<size_t>(t_.batch) * t_.rows * bytes, step = 2;
+    const uint8_t* corner =
+        all + (static_cast<size_t>(e) * t_.rows + row) * bytes + (salient ? first - salient_begin() : first) / 8;
+    const uint8_t *end = all + static_cast<size_t>(t_.batch) * t_.rows * bytes, step = 2;
     loops.spread_signs(&corner, 1, end, bytes, rows, width, kSignsCentre - 1, &step, out, stride);
   }
 
