@@ -32,7 +32,8 @@ inline float portable_exponential(float x) {
   sum = sum * rest + 0.5f;
   sum = sum * rest + 1.0f;
   sum = sum * rest + 1.0f;
-  const int32_t bits = (static_cast<int32_t>(power) + 127) << 23;
+  const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(power) + 127)
+                        << 23;  // whatever it is of NaN: the sum is NaN
   float scale;
   std::memcpy(&scale, &bits, sizeof scale);
   return sum * scale;
