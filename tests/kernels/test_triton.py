@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +216,7 @@ def on_device(case: Case) -> Case:
             return PackedProjection(**moved)
         return value.to(DEVICE) if isinstance(value, Tensor) else value
 
-    return Case(*map(move, case.arguments()))
+    return Case(*(move(getattr(case, field.name)) for field in fields(case)))
 
 
 @pytest.fixture
