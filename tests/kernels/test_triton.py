@@ -32,7 +32,7 @@ from moebius.kernels.routed_experts import PackedExperts, prepare, reference
 
 pytest.importorskip("triton")
 from moebius.kernels.routed_experts import triton as backend
-from moebius.kernels.routed_experts import triton_kernels
+from moebius.kernels.routed_experts import triton_kernels, triton_route
 from moebius.kernels.routed_experts.activations import ACTIVATIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's exp of large numbers is inf, as it should
@@ -292,8 +292,8 @@ def test_planes_with_signs(generator: Generator) -> None:
 def test_many_tokens(generator: Generator, monkeypatch: pytest.MonkeyPatch, block: int, spread: str) -> None:
     """More of them than a program takes for an expert, found by scanning (0) and in sorted blocks."""
     if block:
-        monkeypatch.setattr(backend, "_SCANNED", 0)
-        monkeypatch.setattr(backend, "_block", lambda slots, experts: block)
+        monkeypatch.setattr(triton_route, "_SCANNED", 0)
+        monkeypatch.setattr(triton_route, "_block", lambda slots, experts: block)
     case = tokens_for(generator, moebius_layer(generator, 12, 9, 18, widths_of(generator, 18, 2)), 18, top_k=1)
     if spread == "one expert":
         case = replace(case, index=torch.full_like(case.index, 3))
