@@ -116,7 +116,7 @@ class Packed(ABC):
         if not any(tensor.is_meta for tensor in got.values()):
             self.check_values(where)
 
-    def check_values(self, where: str) -> None:  # noqa: B027 - most formats have none such
+    def check_values(self, where: str) -> None:
         """Refuse values that say where others lie and point beside them. Shapes have been checked.
 
         Raises:

@@ -50,8 +50,10 @@ def check_fields(packed: Packed) -> None:
             raise ShapeError(f"{packed.name}: {field.name} is {str(value)[:40]!r}, wanted {field.type}")
         if kind is int:
             within(packed, field.name, *_RANGES.get(field.name, (0, MOST)))
-        elif field.name in _WORDS and value not in _WORDS[field.name]:
-            raise ShapeError(f"{packed.name}: {field.name} is {value[:40]!r}, wanted one of {', '.join(_WORDS[field.name])}")
+        elif field.name in _WORDS and str(value) not in _WORDS[field.name]:
+            raise ShapeError(
+                f"{packed.name}: {field.name} is {str(value)[:40]!r}, wanted one of {', '.join(_WORDS[field.name])}"
+            )
 
 
 def within(packed: Packed, name: str, least: int, most: int) -> None:
