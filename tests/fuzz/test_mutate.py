@@ -14,9 +14,9 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_packed_tiny("olmoe", tmp_path_factory.mktemp("fuzz"))
 
 
-@pytest.mark.parametrize("kind", ["number", "tensor"])
-def test_changed_numbers_and_tensors_are_refused_or_run(packed: Path, kind: str) -> None:
-    results = run(packed, 25, seed=0, kinds=(kind,))
+@pytest.mark.parametrize(("kind", "count"), [("number", 25), ("tensor", 75)])
+def test_changed_numbers_and_tensors_are_refused_or_run(packed: Path, kind: str, count: int) -> None:
+    results = run(packed, count, seed=0, kinds=(kind,))
     assert [result for result in results if result[2] not in ("refused", "ran")] == []
 
 
