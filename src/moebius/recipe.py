@@ -50,6 +50,11 @@ class Recipe:
     )
     sweeps: int = _option(1, "passes over the planes after the first, each in view of all errors")
     felt: bool = _option(False, "fit planes to the tokens by how much the loss feels their outputs (moebius: on below one bit)")
+    codes: str = _option(
+        "auto",
+        "sign planes behind shared bases, trellis codes without a basis, or what is expected to lose less",
+        ("auto", "planes", "trellis"),
+    )
     refine: bool = _option(False, "train scales and bases afterwards, so that the logits become the original's")
     refine_steps: int = _option(200, "steps of that, of four calibration windows each")
     idre: bool = _option(True, "keep the directions that all experts share in 16 bit and quantize the rest (off: quantize all)")
@@ -174,7 +179,7 @@ def _by_budget(bits: float) -> dict[str, Any]:
 
 METHOD_OPTIONS = {
     "moebius": MethodOptions(
-        _EVERY_METHOD | {"block_size", "planes", "scale_bits", "sweeps", "felt", "refine", "refine_steps"},
+        _EVERY_METHOD | {"block_size", "planes", "scale_bits", "sweeps", "felt", "codes", "refine", "refine_steps"},
         default_bits=1,
         low=0.3,
         high=4,
