@@ -6,7 +6,6 @@ Every state's level becomes the mean of the samples that chose it, until 40 roun
 from __future__ import annotations
 
 import torch
-
 from moebius.quantize._trellis import search
 
 _STATES, _ROUNDS = 256, 40
@@ -34,7 +33,7 @@ def _trained(rate: int) -> tuple[torch.Tensor, float]:
 def main() -> None:
     """Print the module."""
     print(
-        '"""Levels of the trellis by rate: the step, and 256 signed bytes in hexadecimal. Made by `scripts/trellis_levels.py`."""\n'
+        '"""Levels of the trellis by rate: step, and 256 signed bytes in hexadecimal. Made by `scripts/trellis_levels.py`."""\n'
     )
     print("LEVELS = {")
     for rate in range(1, 5):

@@ -51,7 +51,7 @@ class Recipe:
     sweeps: int = _option(1, "passes over the planes after the first, each in view of all errors")
     felt: bool = _option(False, "fit planes to the tokens by how much the loss feels their outputs (moebius: on below one bit)")
     codes: str = _option(
-        "auto",
+        "planes",
         "sign planes behind shared bases, trellis codes without a basis, or what is expected to lose less",
         ("auto", "planes", "trellis"),
     )

@@ -1,8 +1,8 @@
 """Tail-biting trellis codes: every weight is a level that is looked up by the last eight bits of a sequence of codes.
 
-A direction is a column of a matrix. Its codes have a rate of 0 to 4 bits per entry; entry ``i`` is the level of the state made of the
-codes of entries ``i``, ``i - 1``, ... (lowest bits first, around the end of the column), as in trellis coded quantization (Marcellin
-and Fischer, 1990) with the sliding window of QTIP (Tseng et al., 2024). Levels are trained on a Gaussian and shared by everything.
+The codes of a column have 0 to 4 bits per entry; entry ``i`` is the level of the state made of the codes of entries
+``i``, ``i - 1``, ... (lowest bits first, around the end of the column), as in trellis coded quantization (Marcellin and
+Fischer, 1990) with the sliding window of QTIP (Tseng et al., 2024). Levels are trained on a Gaussian and shared by everything.
 """
 
 from __future__ import annotations

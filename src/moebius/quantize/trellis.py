@@ -167,7 +167,6 @@ def _path_in_torch(values: Tensor, scales: Tensor, rate: int) -> Tensor:
     turn is the state that the first had there. For machines without the compiled search, which it is slower than.
     """
     sequences, length = values.shape
-    turns = max(2, -(-64 // length))
     groups, branches = 1 << (STATE_BITS - rate), 1 << rate
     known = table(rate, values.device)
 
@@ -188,12 +187,20 @@ def _path_in_torch(values: Tensor, scales: Tensor, rate: int) -> Tensor:
             state = group + groups * branch.gather(1, group.unsqueeze(1)).squeeze(1)
         return state, torch.stack(codes[::-1], 1)
 
-    around = [entry for _ in range(turns) for entry in range(length)]
-    cost, back = walk(torch.zeros(sequences, 2**STATE_BITS, device=values.device), around)
+    def around(seam: Tensor) -> tuple[Tensor, Tensor]:
+        """The best path from a state of each sequence back to it: what it costs, and its codes."""
+        start = torch.full((sequences, 2**STATE_BITS), torch.inf, device=values.device).scatter(1, seam.unsqueeze(1), 0.0)
+        cost, back = walk(start, list(range(length)))
+        return cost.gather(1, seam.unsqueeze(1)).squeeze(1), trace(seam, back)[1]
+
+    if length * rate < 2 * STATE_BITS:  # some states do not come back to themselves: all are tried
+        best = values.new_full((sequences,), torch.inf)
+        codes = torch.zeros(sequences, length, dtype=torch.int64, device=values.device)
+        for state in range(2**STATE_BITS):
+            cost, found = around(torch.full((sequences,), state, device=values.device))
+            best, codes = torch.minimum(cost, best), torch.where((cost < best).unsqueeze(1), found, codes)
+        return codes.to(torch.uint8)
+    turns = max(2, -(-64 // length))
+    cost, back = walk(torch.zeros(sequences, 2**STATE_BITS, device=values.device), list(range(length)) * turns)
     seam, _ = trace(cost.argmin(1), back[length * (turns // 2) :])
-    start = torch.full_like(cost, torch.inf).scatter(1, seam.unsqueeze(1), 0.0)
-    if length * rate < STATE_BITS:  # not every state comes back to itself: the seam is that of equal codes
-        seam = torch.zeros_like(seam)
-        start = torch.full_like(cost, torch.inf).scatter(1, seam.unsqueeze(1), 0.0)
-    cost, back = walk(start, list(range(length)))
-    return trace(seam, back)[1].to(torch.uint8)
+    return around(seam)[1].to(torch.uint8)
