@@ -50,3 +50,16 @@ def test_missing_codes_are_refused() -> None:
     assert packed.codes is not None
     with pytest.raises(CheckpointError, match="codes"):
         packed.replace(codes=packed.codes[1:]).check("here")
+
+
+def test_rates_that_are_not_those_of_the_codes_are_refused() -> None:
+    packed, _ = example()
+    assert packed.rates is not None
+    with pytest.raises(CheckpointError, match=r"here\.rates"):
+        packed.replace(rates=packed.rates ^ 1).check("here")
+
+
+def test_a_skeleton_has_the_tensors_of_what_is_packed() -> None:
+    packed, _ = example()
+    skeleton = Trellis.skeleton(RATES, ROWS)
+    assert skeleton.spec() == packed.spec() and skeleton.stored_bits() == packed.stored_bits()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moebius.errors import CheckpointError
 from moebius.formats.base import Packed
 from moebius.formats.bits import pack, packed_width, unpack
 from moebius.formats.logarithmic import decode
@@ -73,6 +74,25 @@ class Trellis(Packed):
             column_codes=column_scales[0].contiguous(),
             grids=torch.cat([row_scales[1], column_scales[1]], 1).half().contiguous(),
         )
+
+    @classmethod
+    def skeleton(cls, rates: Tensor, rows: int) -> Trellis:
+        """What :meth:`pack` would make of matrices with these rates, on the meta device but for the rates: nothing else says
+        where codes are.
+        """
+        blank = cls(len(rates), rows, rates.shape[1], int(rates.sum()))
+        tensors = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in blank.expected().items()}
+        return blank.replace(**{**tensors, "rates": pack(rates, _RATE_BITS)})
+
+    def check(self, where: str) -> None:
+        super().check(where)
+        assert self.rates is not None
+        if self.rates.is_meta:
+            return
+        rates = self.each_rate()
+        if int(rates.max()) > MOST_RATE or int(rates.sum()) != self.code_rows:
+            wanted = f"rates of up to {MOST_RATE} bits that add up to {self.code_rows}"
+            raise CheckpointError(f"{where}.rates: got up to {int(rates.max())}, {int(rates.sum())} in all, wanted {wanted}")
 
     def each_rate(self, index: Tensor | None = None) -> Tensor:
         """Bits per entry of every column, int64 (chosen, columns)."""

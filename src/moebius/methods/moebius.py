@@ -20,7 +20,7 @@ from moebius.formats.graded import Graded
 from moebius.formats.logarithmic import encode
 from moebius.formats.planes import Planes, pack_signs
 from moebius.formats.projection import PackedProjection
-from moebius.formats.trellis import fixed_bytes
+from moebius.formats.trellis import Trellis, fixed_bytes
 from moebius.linalg.hessian import conditioned, layer_mean, solve_unit_upper, unit_upper
 from moebius.linalg.products import quadratic_forms, symmetric_product
 from moebius.methods.base import Method, Survey, chunks, in_chunks
@@ -243,6 +243,10 @@ def plan(shape: tuple[int, int, int], recipe: Recipe, projection: str) -> Packed
     entries, length = (outputs, inputs) if side == "input" else (inputs, outputs)
     values = (1 / torch.arange(1, length + 1, dtype=torch.float64)).expand(experts, -1)
     budget = int(recipe.bits * experts * outputs * inputs / 8)
+    if recipe.codes == "trellis":
+        room = max(0, budget - fixed_bytes(experts, outputs, inputs))
+        rates = share_rates([torch.ones(experts, inputs)], [packed_width(outputs, 1)], room)[0]
+        return PackedProjection(Trellis.skeleton(rates, outputs))
     share = allocate([Units(values, entries, length)], budget, **_choices(recipe))[0]
     basis = Graded.skeleton(side=side, bits=share.basis_bits, entries=length)
     factor = Planes.skeleton(
