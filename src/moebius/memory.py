@@ -34,7 +34,7 @@ _SPARE_BYTES = 1 << 27  # threads, libraries that are still to be loaded, what a
 
 
 def require_memory(wanted: int, what: str) -> None:
-    """Refuse work that will not fit: some libraries end the process when memory runs out, and say nothing that helps.
+    """Refuse what a limit on the address space has no room for: some libraries end the process then, without a word.
 
     Args:
         wanted: bytes that will be held.
@@ -43,7 +43,7 @@ def require_memory(wanted: int, what: str) -> None:
     Raises:
         ResourceError: says how much there is and how much is wanted.
     """
-    free = min(psutil.virtual_memory().available, _address_space())
+    free = _address_space()
     if free < wanted + _SPARE_BYTES:
         raise ResourceError(
             f"{what}: {free / 1e9:.2f} GB of memory are free, wanted about {(wanted + _SPARE_BYTES) / 1e9:.2f} GB; moebius "
