@@ -69,10 +69,10 @@ def measure(text: str, experts: int, hidden: int, inner: int, threads: int) -> d
         given = {}
         if method.survey is not None:
             start = time.perf_counter()
-            survey = method.survey.look(weight, stats, recipe, projection)
+            survey = method.survey.survey(weight, stats, recipe, projection)
             seconds[f"{projection} survey"] = time.perf_counter() - start
             start = time.perf_counter()
-            given = {"survey": survey, "share": method.survey.share_out([survey], recipe)[0]}
+            given = {"seen": survey, "share": method.survey.allocate([survey], recipe)[0]}
             seconds[f"{projection} budget"] = time.perf_counter() - start
         start = time.perf_counter()
         stored += method.quantize(weight, stats, recipe, projection, **given).stored_bits()

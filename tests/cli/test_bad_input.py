@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from moebius.cli.app import app
 from moebius.errors import CheckpointError, MoebiusError
-from moebius.recipe import METHOD_OPTIONS
+from moebius.table import METHODS
 
 SMALL = ["--windows", "4", "--window-length", "32", "--quiet"]
 
@@ -68,7 +68,7 @@ def refused(*arguments: str | Path, exit_code: int = 2) -> str:
     [
         (
             ["--method", "mobi"],
-            f"no method named 'mobi'; known: {', '.join(METHOD_OPTIONS)} (did you mean 'mobie'?)",
+            f"no method named 'mobi'; known: {', '.join(METHODS)} (did you mean 'mobie'?)",
         ),
         (["--set", "gian=true"], "method 'moebius' has no option 'gian'"),
         (["--method", "rtn", "--set", "side=input"], "method 'rtn' has no option 'side'"),

@@ -12,14 +12,13 @@ from moebius.cli.options import (
     calibration_from,
     candidate_from_text,
     model_or_reference,
-    options_help,
     parse_settings,
     recipe_from_text,
     require_device,
     require_free,
 )
 from moebius.errors import CalibrationError, ModelNotFoundError, OutputError, RecipeError, UnknownNameError
-from moebius.recipe import METHOD_OPTIONS, CalibrationSettings, Recipe
+from moebius.recipe import CalibrationSettings, Recipe
 
 SEEN = CalibrationSettings()
 
@@ -100,11 +99,3 @@ def test_device() -> None:
     assert require_device("cpu") == "cpu"
     with pytest.raises(RecipeError, match="torch cannot use it"):
         require_device("abacus")
-
-
-def test_help_names_every_method_and_option() -> None:
-    text = options_help()
-    for name, spec in METHOD_OPTIONS.items():
-        assert f"[bold]{name}[/bold]" in text
-        for option in spec.options:
-            assert f"[cyan]{option}[/cyan]=" in text

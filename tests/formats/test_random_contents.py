@@ -10,12 +10,12 @@ from moebius.errors import ShapeError
 from moebius.formats.base import empty_like_spec
 from moebius.formats.random_contents import random_contents, random_projection
 from moebius.methods import METHODS
-from moebius.recipe import METHOD_OPTIONS, Recipe
+from moebius.recipe import Recipe
 
 EXPERTS, OUT, IN = 6, 80, 56
 
 
-@pytest.mark.parametrize("method", METHOD_OPTIONS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("projection", ["gate_up", "down"])
 def test_of_every_method(method: str, projection: str) -> None:
     bits = 4 if method == "bitsmoe" else None

@@ -186,7 +186,7 @@ def test_the_components_do_what_they_are_for() -> None:
 
 def test_gain_restores_the_energy_of_every_output() -> None:
     want = (X @ WEIGHT.mT).square().sum(1)
-    exact = {"gain": True, "layer_lean": 0.0, "damping": 0.0}
+    exact = {"gain": True, "shrinkage": 0.0, "damping": 0.0}
     for recipe in (Recipe.make("mobie", cejd=False, **exact), Recipe.make("rtn", 1, **exact), Recipe.make("gptq", 2, **exact)):
         got = (X @ quantized(recipe).unpack().mT).square().sum(1)
         assert torch.allclose(got, want, rtol=1e-2)

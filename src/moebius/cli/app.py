@@ -20,6 +20,8 @@ from moebius.cli.generate import EXAMPLES as GENERATE_EXAMPLES
 from moebius.cli.generate import generate
 from moebius.cli.info import EXAMPLES as INFO_EXAMPLES
 from moebius.cli.info import info
+from moebius.cli.methods import EXAMPLES as METHODS_EXAMPLES
+from moebius.cli.methods import methods
 from moebius.cli.plan import EXAMPLES as PLAN_EXAMPLES
 from moebius.cli.plan import plan
 from moebius.cli.quantize import EXAMPLES as QUANTIZE_EXAMPLES
@@ -75,6 +77,7 @@ for command, examples in (
     (plan, PLAN_EXAMPLES),
     (compare, COMPARE_EXAMPLES),
     (bench, BENCH_EXAMPLES),
+    (methods, METHODS_EXAMPLES),
 ):
     resumes = command in (quantize, compare)
     app.command(help=_paragraphs(command), epilog=examples)(errors.reported(command, resumes))

@@ -25,7 +25,7 @@ from moebius.cli.options import (
 )
 from moebius.cli.output import note, print_json, print_tables, progress_bars
 from moebius.errors import OutputError, RecipeError
-from moebius.recipe import Recipe
+from moebius.recipe import DEFAULT_METHOD, Recipe
 from moebius.report.tables import TextTable, number, percent
 from moebius.report.tables import size as bytes_text
 
@@ -77,7 +77,7 @@ def bench(
         str | None, typer.Option("--original", "-r", help="The model that PACKED was made from.", show_default=False)
     ] = None,
     shape: ShapeName = None,
-    method: Method = Recipe.method,
+    method: Method = DEFAULT_METHOD,
     bits: Bits = None,
     rest: Rest = "bf16",
     set_: Set = None,
@@ -150,7 +150,7 @@ def _check_what(packed: str | None, original: str | None, shape: str | None, rec
         raise RecipeError(f"--original-layers {layers}: got no --shape; the layers of a checkpoint are what they are")
     if packed is not None and shape is not None:
         raise RecipeError(f"--shape {shape}: got a checkpoint as well, {packed}; wanted one of them")
-    if packed is not None and recipe != Recipe.make(Recipe.method):
+    if packed is not None and recipe != Recipe.make(DEFAULT_METHOD):
         raise RecipeError(f"{packed}: is as it was packed; leave out --method, --bits, --rest and --set")
     if packed is None and original is not None:
         raise RecipeError(f"--original {original}: got no packed checkpoint to set against it; give both")

@@ -24,8 +24,9 @@ from moebius.evaluate.samples import complete
 from moebius.evaluate.size import ModelSize, packed_checkpoint_size
 from moebius.pipeline import quantize_model
 from moebius.progress import Progress
-from moebius.recipe import METHOD_OPTIONS, CalibrationSettings, Recipe
+from moebius.recipe import CalibrationSettings, Recipe
 from moebius.report.comparison import ComparisonRow
+from moebius.table import METHODS
 
 COMPLETION_TOKENS = 40
 #: Label of the row of the model that everything is compared to.
@@ -171,7 +172,7 @@ def with_matches(comparison: Comparison, stored: Sequence[float]) -> Comparison:
     model's shape, and is known once it has packed a checkpoint.
     """
     assert comparison.matched is not None
-    options = METHOD_OPTIONS["moebius"]
+    options = METHODS["moebius"].options
     budgets = sorted({min(math.floor(bits * 1000) / 1000, options.high) for bits in stored if bits >= options.low})
     beside = {f"moebius@{bits:g}": (Recipe.make("moebius", bits), comparison.matched) for bits in budgets}
     return dataclasses.replace(comparison, candidates={**comparison.candidates, **beside})

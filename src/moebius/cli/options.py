@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,52 +10,70 @@ from typing import Annotated, Any, Literal
 import typer
 
 from moebius.errors import CalibrationError, ModelNotFoundError, OutputError, RecipeError
-from moebius.recipe import METHOD_OPTIONS, CalibrationSettings, Recipe
+from moebius.recipe import REST, CalibrationSettings, Recipe
 from moebius.reference_model import reference_path
 
 Model = Annotated[
     str | None,
-    typer.Argument(metavar="MODEL", help="Folder or hub name. Default: the embedded reference model.", show_default=False),
+    typer.Argument(metavar="MODEL", help="Folder or hub name. Default: the reference model.", show_default=False),
 ]
-Method = Annotated[str, typer.Option("--method", "-m", help=f"How to quantize: {', '.join(METHOD_OPTIONS)}.")]
+Method = Annotated[str, typer.Option("--method", "-m", metavar="NAME", help="See moebius methods.")]
 Bits = Annotated[
     float | None,
-    typer.Option("--bits", "-b", help="Bits per expert weight. Default: the method's own (below).", show_default=False),
+    typer.Option("--bits", "-b", metavar="N", help="Default: the method's own.", show_default=False),
 ]
 Set = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", "-s", metavar="KEY=VALUE", help="An option of the method (below). May be repeated.", show_default=False
+        "--set",
+        "-s",
+        metavar="KEY=VALUE",
+        help="An option of the method, see moebius methods NAME. May be repeated.",
+        show_default=False,
     ),
 ]
 Rest = Annotated[
     Literal["bf16", "int8", "int4"],
-    typer.Option("--rest", help="Linear layers outside the experts: as they are, or rounded to integers. The router stays."),
+    typer.Option(
+        "--rest",
+        metavar="TYPE",
+        help="Linear layers outside the experts: bf16 (default), int8, int4.",
+        show_default=False,
+    ),
 ]
 Calibration = Annotated[
     str,
     typer.Option(
         "--calibration",
         "-c",
-        help='Calibration text: "builtin" (documentation and sources of Python), a .txt or .jsonl file, or a data'
-        " set: wikitext2, c4, ptb or owner/name.",
+        metavar="TEXT",
+        help="builtin (default), a .txt or .jsonl file, wikitext2, c4, ptb, owner/name.",
+        show_default=False,
     ),
 ]
-Windows = Annotated[int, typer.Option(min=1, help="Windows of calibration tokens.")]
-WindowLength = Annotated[int, typer.Option(min=2, help="Tokens per window.")]
+Windows = Annotated[int, typer.Option(metavar="N", min=1, help="Windows to look at.")]
+WindowLength = Annotated[int, typer.Option(metavar="N", min=2, help="Tokens per window.")]
 Bos = Annotated[
     Literal["auto", "on", "off"],
-    typer.Option("--bos", help="Whether windows begin with the begin-of-text token; auto: where the tokenizer adds it."),
+    typer.Option("--bos", metavar="WHEN", help="Begin with BOS: auto (default), on, off.", show_default=False),
 ]
 #: As far as PyTorch's generators and numpy's agree on.
 LARGEST_SEED = 2**63 - 1
-Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of whatever is drawn: windows, tokens.")]
+
+
+def _seed(value: int) -> int:
+    if value > LARGEST_SEED:
+        raise typer.BadParameter(f"{value} is not in the range 0<=x<={LARGEST_SEED}.")
+    return value
+
+
+Seed = Annotated[int, typer.Option(metavar="N", min=0, callback=_seed, help="Of what is drawn.")]
 Temperature = Annotated[
     float, typer.Option("--temperature", min=0.0, help="0: the likeliest token every time; above: tokens are drawn.")
 ]
-Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1 ...")]
+Device = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1 ...")]
 DType = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Arithmetic; auto: as the checkpoint.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout, and nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 
 
@@ -87,10 +104,10 @@ def display_name(model: str | None) -> str:
     return "reference model" if model is None else Path(model).name
 
 
-def recipe_from(method: str, bits: float | None, settings: list[str] | None, rest: str = Recipe.rest) -> Recipe:
+def recipe_from(method: str, bits: float | None, settings: list[str] | None, rest: str = REST.default) -> Recipe:
     """The recipe that ``--method``, ``--bits``, ``--rest`` and ``--set`` describe."""
     options = parse_settings(settings or [])
-    if rest != Recipe.rest and options.setdefault("rest", rest) != rest:
+    if rest != REST.default and options.setdefault("rest", rest) != rest:
         raise RecipeError(f"--rest {rest}: --set rest={options['rest']} says otherwise; give one of them")
     return Recipe.make(method, bits, **options)
 
@@ -211,26 +228,3 @@ def require_temperature(temperature: float) -> None:
     """
     if math.isnan(temperature):
         raise RecipeError(f"--temperature {temperature}: wanted 0 or more")
-
-
-def options_help() -> str:
-    """Methods, their bits and options, for the end of a help page."""
-    paragraphs = []
-    for name, spec in METHOD_OPTIONS.items():
-        bits = f"{spec.low} bit" if spec.low == spec.high else f"{spec.low} to {spec.high} bits, default {spec.default_bits:g}"
-        paragraphs.append(f"[bold]{name}[/bold] ({bits}): {', '.join(sorted(spec.options))}")
-    lines = [
-        f"[cyan]{option.name}[/cyan]={_shown(option.default)}: {option.metadata['help']}{_choices(option)}"
-        for option in dataclasses.fields(Recipe)
-        if "help" in option.metadata
-    ]
-    return "\n\n".join(["[bold]Methods and the options they read[/bold]", *paragraphs, "[bold]Options[/bold] (--set)", *lines])
-
-
-def _shown(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _choices(option: dataclasses.Field[Any]) -> str:
-    choices = option.metadata["choices"]
-    return f" ({', '.join(map(str, choices))})" if choices else ""

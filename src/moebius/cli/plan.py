@@ -16,24 +16,21 @@ from moebius.cli.options import (
     Windows,
     display_name,
     model_or_reference,
-    options_help,
     recipe_from,
 )
 from moebius.cli.output import print_json, print_tables
-from moebius.recipe import CalibrationSettings, Recipe
+from moebius.recipe import DEFAULT_METHOD, CalibrationSettings
 from moebius.report.tables import TextTable, number
 from moebius.report.tables import size as bytes_text
 
 if TYPE_CHECKING:
     from moebius.evaluate.plan import Plan
 
-EXAMPLES = f"""[bold]Examples[/bold]
+EXAMPLES = """[bold]Examples[/bold]
 
 moebius plan Qwen/Qwen3-30B-A3B --method mobie
 
-moebius plan ./config.json --method gptq --bits 2 --windows 128 --window-length 2048
-
-{options_help()}"""
+moebius plan ./config.json --method gptq --bits 2 --windows 128 --window-length 2048"""
 
 
 def plan(
@@ -45,7 +42,7 @@ def plan(
             show_default=False,
         ),
     ] = None,
-    method: Method = Recipe.method,
+    method: Method = DEFAULT_METHOD,
     bits: Bits = None,
     rest: Rest = "bf16",
     set_: Set = None,

@@ -24,32 +24,23 @@ from moebius.cli.options import (
     calibration_from,
     display_name,
     model_or_reference,
-    options_help,
     recipe_from,
     require_device,
     require_free,
 )
 from moebius.cli.output import note, print_json, print_tables, progress_bars
-from moebius.recipe import CalibrationSettings, Recipe
+from moebius.recipe import DEFAULT_METHOD, CalibrationSettings, Recipe
 
-EXAMPLES = f"""[bold]Examples[/bold]
-
-moebius quantize
-
-moebius quantize allenai/OLMoE-1B-7B-0924 --method mobie --set gain=true --out OLMoE-1bit
-
-moebius quantize ./model --bits 0.75 --rest int8
+EXAMPLES = """[bold]Examples[/bold] (moebius methods NAME: what a method can be told)
 
 moebius quantize ./model --bits 0.5 --windows 256 --refine
 
-moebius quantize ./model --method gptq --bits 2 --calibration wikitext2 --windows 128 --window-length 2048
-
-{options_help()}"""
+moebius quantize owner/model -m mobie --set gain=true --rest int8 -o out"""
 
 
 def quantize(
     model: Model = None,
-    method: Method = Recipe.method,
+    method: Method = DEFAULT_METHOD,
     bits: Bits = None,
     rest: Rest = "bf16",
     set_: Set = None,
@@ -57,8 +48,7 @@ def quantize(
         bool,
         typer.Option(
             "--refine",
-            help="Afterwards train scales and bases for some minutes, so that the logits become the original's. The size stays"
-            " the same; moebius only; the same as --set refine=true.",
+            help="Train scales afterwards (moebius only).",
         ),
     ] = False,
     calibration: Calibration = CalibrationSettings.text,
@@ -68,16 +58,15 @@ def quantize(
     seed: Seed = CalibrationSettings.seed,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Folder to write. Default: ./MODEL-METHOD-BITSbit.", show_default=False),
+        typer.Option("--out", "-o", metavar="FOLDER", help="Default: ./MODEL-METHOD-BITSbit.", show_default=False),
     ] = None,
     device: Device = "cpu",
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Quantize the experts of a model and write a checkpoint that transformers loads.
+    """Quantize the experts of a model into a checkpoint that transformers loads.
 
-    Finished layers are kept in a hidden folder beside the output: a run that was stopped goes on where it was when the same
-    command is given again. The output folder appears at the end, complete.
+    A run that was stopped goes on where it was. The output folder appears at the end, complete.
     """
     recipe = recipe_from(method, bits, [*(set_ or []), *(["refine=true"] if refine else [])], rest)
     settings = calibration_from(calibration, windows, window_length, seed, bos=bos)

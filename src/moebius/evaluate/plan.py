@@ -177,10 +177,10 @@ def _peak_memory(moe: MoeModel, recipe: Recipe, calibration: CalibrationSettings
     binary_router = recipe.router == "binary"
     if binary_router and needs == "nothing":
         needs = "inputs"
-    looks, gradients = needs != "nothing", needs in ("felt", "gradients")
+    looks, gradients = needs != "nothing", needs in ("loss_weighted", "gradients")
     # A survey looks at gradients, but not at second moments that they weigh.
-    weighs = METHODS[recipe.method].survey is None or METHODS[recipe.method].needs(recipe) == "felt"
-    groups = recipe.glas_groups if gradients and weighs else 0
+    weighs = METHODS[recipe.method].survey is None or METHODS[recipe.method].needs(recipe) == "loss_weighted"
+    groups = dict(recipe.options).get("glas_groups", 1) if gradients and weighs else 0
     shapes = [[_shape(layer, projection) for projection in PROJECTIONS] for layer in moe.moe_layers]
     tokens = calibration.windows * calibration.window_length
     rows = min(calibration.windows, _BATCH) * calibration.window_length * (top_k or 1)

@@ -6,11 +6,15 @@ their own: they share those of the whole row, and the method takes fewer bits th
 
 from __future__ import annotations
 
+import dataclasses
+
 from torch import Tensor
 
 from moebius.formats.projection import PackedProjection
 from moebius.methods.base import Method
+from moebius.methods.billm import OPTIONS as BILLM_OPTIONS
 from moebius.methods.billm import needs, plan_grouped, quantize_grouped
+from moebius.methods.options import ALTERNATIONS
 from moebius.recipe import Recipe
 from moebius.types import ProjectionStats
 
@@ -25,4 +29,5 @@ def plan(shape: tuple[int, int, int], recipe: Recipe, projection: str) -> Packed
     return plan_grouped(shape, recipe, column_scaled=True)
 
 
-METHOD = Method(quantize, plan, needs)
+OPTIONS = dataclasses.replace(BILLM_OPTIONS, options=(ALTERNATIONS, *BILLM_OPTIONS.options))
+METHOD = Method("as billm, with row and column scales that are refined in turn", OPTIONS, quantize, plan, needs)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moebius.formats.base import Packed, concatenate
 from moebius.formats.projection import PackedProjection
+from moebius.options import MethodOptions
 from moebius.recipe import Recipe
 from moebius.types import ProjectionStats
 
@@ -23,17 +24,17 @@ def no_left_factor(weight: Tensor, recipe: Recipe, projection: str) -> Tensor | 
 
 @dataclass(frozen=True)
 class Survey:
-    """How a method looks at a whole model before it quantizes the first layer.
+    """How a method surveys a whole model before it quantizes the first layer.
 
     Attributes:
-        look: as ``Method.quantize``, to what must be remembered of the projection: tensors by name, kept on disk.
-        share_out: from what was remembered of every projection of every layer, in order, to what each is given, in the same
+        survey: as ``Method.quantize``, to what must be remembered of the projection: tensors by name, kept on disk.
+        allocate: from what was remembered of every projection of every layer, in order, to what each is given, in the same
             order. Tensors are read when they are asked for.
-        needs: as ``Method.needs``, of ``look``.
+        needs: as ``Method.needs``, of ``survey``.
     """
 
-    look: Callable[[Tensor, ProjectionStats, Recipe, str], dict[str, Tensor]]
-    share_out: Callable[[Sequence[Mapping[str, Tensor]], Recipe], list[dict[str, Tensor]]]
+    survey: Callable[[Tensor, ProjectionStats, Recipe, str], dict[str, Tensor]]
+    allocate: Callable[[Sequence[Mapping[str, Tensor]], Recipe], list[dict[str, Tensor]]]
     needs: Callable[[Recipe], str]
 
 
@@ -42,18 +43,22 @@ class Method:
     """One way to quantize the experts of a projection.
 
     Attributes:
+        summary: what it is, in a few words.
+        options: what it reads of a recipe, and the bits it has.
         quantize: from weights (experts, out, in) of any float type, statistics (None where ``needs`` says "nothing"), recipe
             and projection (``"gate_up"`` or ``"down"``) to what is stored.
         plan: from the shape (experts, out, in), recipe and projection to what ``quantize`` would return, with tensors on the
             meta device.
-        needs: what a recipe wants of calibration: ``"nothing"``, ``"inputs"``, ``"felt"`` (inputs weighed by how much the
-            loss feels their outputs) or ``"gradients"``.
+        needs: what a recipe wants of calibration: ``"nothing"``, ``"inputs"``, ``"loss_weighted"`` (inputs weighed by how
+            much the loss depends on their outputs) or ``"gradients"``.
         left_factor: the shared left factor ``A`` (out, rank) of these weights where the expert factors sit behind one, so
             that calibration can gather ``Aᵀδ``; None elsewhere.
-        survey: for methods that look at the whole model first. Their ``quantize`` takes ``survey``, what was remembered of
+        survey: for methods that survey the whole model first. Their ``quantize`` takes ``seen``, what was remembered of
             the projection, and ``share``, what it was given.
     """
 
+    summary: str
+    options: MethodOptions
     quantize: Callable[..., PackedProjection]
     plan: Callable[[tuple[int, int, int], Recipe, str], PackedProjection]
     needs: Callable[[Recipe], str]
@@ -63,7 +68,7 @@ class Method:
     def most_needed(self, recipe: Recipe) -> str:
         """What calibration must gather at its most demanding: one of the words of ``needs``."""
         wants = [self.needs(recipe), *([self.survey.needs(recipe)] if self.survey else [])]
-        return max(wants, key=("nothing", "inputs", "felt", "gradients").index)
+        return max(wants, key=("nothing", "inputs", "loss_weighted", "gradients").index)
 
 
 def in_chunks(experts: int, inputs: int, quantize: Callable[[slice], Packed]) -> Packed:

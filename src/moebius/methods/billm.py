@@ -16,6 +16,8 @@ from moebius.formats.projection import PackedProjection
 from moebius.linalg.eigen import used_directions
 from moebius.linalg.hessian import conditioned, feedback_factor, inverse_diagonal, layer_mean
 from moebius.methods.base import Method, in_chunks
+from moebius.methods.options import CONDITIONING, GLAS, GLAS_GROUPS, GROUP_SIZE, NGES, NULL_SPACE, SALIENT_FRACTION, off
+from moebius.options import MethodOptions
 from moebius.quantize.grouped_signs import grouped_planes
 from moebius.quantize.integers import whole_rows
 from moebius.quantize.saliency import column_saliency, salient_columns, salient_count
@@ -35,7 +37,7 @@ def quantize_grouped(
     assert stats is not None
     experts, _, inputs = weight.shape
     block = whole_rows(recipe.group_size, inputs)
-    condition = {"lean": recipe.layer_lean, "damping": recipe.damping}
+    condition = {"lean": recipe.shrinkage, "damping": recipe.damping}
     layer = layer_mean(stats.second_moment)
     weighted = stats.weighted_moment if recipe.glas else None
     weighted_layer = None if weighted is None else layer_mean(weighted)
@@ -84,4 +86,9 @@ def needs(recipe: Recipe) -> str:
     return "gradients" if recipe.glas else "inputs"
 
 
-METHOD = Method(quantize, plan, needs)
+_NULL_SPACE = tuple(off(option) if option is NGES else option for option in NULL_SPACE)
+# What is stored for a matrix depends on its shape: about two and a half bits.
+OPTIONS = MethodOptions(
+    (GROUP_SIZE, SALIENT_FRACTION, off(GLAS), GLAS_GROUPS, *_NULL_SPACE, *CONDITIONING), default_bits=1, low=1, high=1
+)
+METHOD = Method("salient columns in two orders, the rest in two groups of magnitudes", OPTIONS, quantize, plan, needs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -16,6 +17,8 @@ from moebius.formats.projection import PackedProjection
 from moebius.formats.spectral import MAX_BITS, Spectral
 from moebius.linalg.hessian import conditioned, layer_mean
 from moebius.methods.base import Method, chunks
+from moebius.methods.options import CONDITIONING, GROUP_SIZE, RANK, SHARED_BITS
+from moebius.options import MethodOptions, Option
 from moebius.quantize.integers import whole_rows
 from moebius.quantize.spectral import distortions, round_directions
 from moebius.recipe import Recipe
@@ -121,7 +124,15 @@ def _gains(factors: Tensor, values: Tensor, basis: JointBasis, stats: Projection
 
 
 def _moments(stats: ProjectionStats, layer: Tensor, chunk: slice, recipe: Recipe) -> Tensor:
-    return conditioned(stats.second_moment[chunk], lean=recipe.layer_lean, damping=recipe.damping, layer=layer)
+    return conditioned(stats.second_moment[chunk], lean=recipe.shrinkage, damping=recipe.damping, layer=layer)
 
 
-METHOD = Method(quantize, plan, needs)
+ALLOCATION = Option("allocation", "lagrangian", "solver that spreads bits over directions", ("lagrangian", "ilp"))
+OPTIONS = MethodOptions(
+    (ALLOCATION, GROUP_SIZE, RANK, dataclasses.replace(SHARED_BITS, default=16), *CONDITIONING),
+    default_bits=2,
+    low=0.5,
+    high=8,
+    step=0,
+)
+METHOD = Method("a joint basis, and bits for each direction of each expert by its energy", OPTIONS, quantize, plan, needs)

@@ -9,7 +9,9 @@ from moebius.formats.base import Packed
 from moebius.formats.projection import PackedProjection
 from moebius.linalg.hessian import conditioned, feedback_factor, layer_mean
 from moebius.methods.base import Method, in_chunks
+from moebius.methods.options import BLOCK_SIZE, CONDITIONING, INTEGER_GROUP_SIZE
 from moebius.methods.rtn import plan
+from moebius.options import MethodOptions
 from moebius.quantize.integers import round_with_feedback, whole_rows
 from moebius.recipe import Recipe
 from moebius.types import ProjectionStats
@@ -23,7 +25,7 @@ def quantize(weight: Tensor, stats: ProjectionStats | None, recipe: Recipe, proj
 
     def round_some(chunk: slice) -> Packed:
         some = weight[chunk].float()
-        hessians = conditioned(stats.second_moment[chunk], lean=recipe.layer_lean, damping=recipe.damping, layer=layer)
+        hessians = conditioned(stats.second_moment[chunk], lean=recipe.shrinkage, damping=recipe.damping, layer=layer)
         group_size = whole_rows(recipe.group_size, inputs)
         codes = round_with_feedback(some, feedback_factor(hessians), int(recipe.bits), group_size, recipe.block_size)
         if recipe.gain:
@@ -38,4 +40,5 @@ def needs(recipe: Recipe) -> str:
     return "inputs"
 
 
-METHOD = Method(quantize, plan, needs)
+OPTIONS = MethodOptions((INTEGER_GROUP_SIZE, BLOCK_SIZE, *CONDITIONING), default_bits=2, low=1, high=8)
+METHOD = Method("rounding with error feedback", OPTIONS, quantize, plan, needs)

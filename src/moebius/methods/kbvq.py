@@ -5,6 +5,8 @@ With IDRE and BCOS off it is ``gptvq``, and without error feedback plain k-means
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,8 @@ from moebius.formats.dense import Dense
 from moebius.formats.projection import PackedProjection
 from moebius.linalg.hessian import conditioned, feedback_factor, layer_mean
 from moebius.methods.base import Method, chunks, in_chunks
+from moebius.methods.options import CONDITIONING, ERROR_FEEDBACK, off
+from moebius.options import MethodOptions, Option
 from moebius.quantize.codebook import code_bits, quantize_vectors
 from moebius.recipe import Recipe
 from moebius.types import ProjectionStats
@@ -74,7 +78,7 @@ def _rank(inputs: int, recipe: Recipe) -> int:
 
 def _hessians(stats: ProjectionStats | None, layer: Tensor | None, chunk: slice, recipe: Recipe) -> Tensor:
     assert stats is not None
-    return conditioned(stats.second_moment[chunk], lean=recipe.layer_lean, damping=recipe.damping, layer=layer)
+    return conditioned(stats.second_moment[chunk], lean=recipe.shrinkage, damping=recipe.damping, layer=layer)
 
 
 def _corrections(
@@ -90,7 +94,7 @@ def _corrections(
         if recipe.gain:
             scales[chunk] = row_gain(some, got, _hessians(stats, layer, chunk, recipe).float())
         if recipe.bcos != "off":
-            inputs = input_moments(stats, chunk, average, lean=recipe.layer_lean)
+            inputs = input_moments(stats, chunk, average, lean=recipe.shrinkage)
             scale, biases[chunk] = channel_correction(some, scales[chunk].unsqueeze(2) * got, inputs, recipe.bcos)
             scales[chunk] *= scale
     return (
@@ -99,4 +103,22 @@ def _corrections(
     )
 
 
-METHOD = Method(quantize, plan, needs)
+IDRE = Option("idre", True, "keep the directions that all experts share in 16 bit and quantize the rest (off: quantize all)")
+KLT = Option("klt", True, "find those directions in the coordinates of the inputs (off: in those of the weights)")
+RANK_SHARE = Option("rank_share", 1 / 128, "how many of them, as a share of the input channels", low=0, high=1)
+BCOS = Option(
+    "bcos",
+    "mean_variance",
+    "give outputs their variance and their mean back, one of them, or what a regression says",
+    ("off", "mean", "variance", "mean_variance", "regression"),
+)
+# A code stands for four weights: quarters of a bit are whole bits of a code.
+OPTIONS = MethodOptions(
+    (IDRE, KLT, RANK_SHARE, BCOS, ERROR_FEEDBACK, *CONDITIONING), default_bits=2, low=1, high=3, step=1 / VECTOR_LENGTH
+)
+METHOD = Method("shared directions in 16 bit, vector codes for the rest, corrected outputs", OPTIONS, quantize, plan, needs)
+
+_PLAIN = dataclasses.replace(
+    OPTIONS, options=(off(IDRE), KLT, RANK_SHARE, dataclasses.replace(BCOS, default="off"), ERROR_FEEDBACK, *CONDITIONING)
+)
+GPTVQ = dataclasses.replace(METHOD, summary="vector codes with error feedback (kbvq without its parts)", options=_PLAIN)

@@ -14,6 +14,19 @@ from moebius.formats.signs import Signs
 from moebius.linalg.eigen import used_directions
 from moebius.linalg.hessian import conditioned, feedback_weights, inverse_diagonal, layer_mean
 from moebius.methods.base import Method, in_chunks
+from moebius.methods.options import (
+    ALTERNATIONS,
+    BLOCK_SIZE,
+    CONDITIONING,
+    ERROR_FEEDBACK,
+    GLAS,
+    GLAS_GROUPS,
+    NULL_SPACE,
+    RANK,
+    SALIENT_FRACTION,
+    SHARED_BITS,
+)
+from moebius.options import MethodOptions, Option
 from moebius.quantize.binary import SignPlanes, mixed_order
 from moebius.quantize.feedback import mixed_order_with_feedback
 from moebius.quantize.saliency import column_saliency, salient_columns, salient_count
@@ -105,7 +118,7 @@ class _Moments:
     def conditioned(self, chunk: slice) -> Tensor:
         """See :func:`moebius.linalg.hessian.conditioned`."""
         recipe = self.recipe
-        return conditioned(self.raw(chunk), lean=recipe.layer_lean, damping=recipe.damping, layer=self.layer)
+        return conditioned(self.raw(chunk), lean=recipe.shrinkage, damping=recipe.damping, layer=self.layer)
 
     def _turn(self, moments: Tensor) -> Tensor:
         if self.right is None:
@@ -134,4 +147,25 @@ def _null_space_scales(factor: Tensor, planes: SignPlanes, moments: Tensor, reci
     return torch.cat(rows), torch.cat(columns)
 
 
-METHOD = Method(quantize, plan, needs, left_factor)
+CEJD = Option("cejd", True, "cross-expert joint decomposition (off: each expert's own weight is binarized)")
+SIDE = Option("side", "output", "where the shared factor of the joint SVD sits", ("output", "input", "hidden"))
+OPTIONS = MethodOptions(
+    (
+        *(CEJD, SIDE, RANK, SHARED_BITS),
+        *(GLAS, GLAS_GROUPS, SALIENT_FRACTION),
+        *NULL_SPACE,
+        *(ALTERNATIONS, ERROR_FEEDBACK, BLOCK_SIZE),
+        *CONDITIONING,
+    ),
+    default_bits=1,
+    low=1,
+    high=1,
+)
+METHOD = Method(
+    "joint decomposition, loss-aligned mixed-order binarization, null-space scaling",
+    OPTIONS,
+    quantize,
+    plan,
+    needs,
+    left_factor,
+)

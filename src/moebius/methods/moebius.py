@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moebius.allocate.budget import Units, allocate, prefix_values
+from moebius.allocate.budget import Units, prefix_values
+from moebius.allocate.budget import allocate as within_budget
 from moebius.basis.whitened import coordinates, input_basis, loss_metric, output_basis, rounded_basis
 from moebius.correct.gain import row_gain
 from moebius.formats.base import Packed
@@ -20,6 +22,8 @@ from moebius.formats.projection import PackedProjection
 from moebius.linalg.hessian import conditioned, layer_mean, solve_unit_upper, unit_upper
 from moebius.linalg.products import quadratic_forms, symmetric_product
 from moebius.methods.base import Method, Survey, chunks
+from moebius.methods.options import BLOCK_SIZE, CONDITIONING, GAIN
+from moebius.options import MethodOptions, Option
 from moebius.quantize.planes import PlaneLevels, over_directions, over_entries
 from moebius.recipe import Recipe
 from moebius.types import ProjectionStats
@@ -31,11 +35,11 @@ _LARGEST_GAIN = 2.0
 _PRIOR_TOKENS = 8  # an expert's sensitivity leans on its layer as if it had seen so many average tokens more
 
 
-def look(weight: Tensor, stats: ProjectionStats, recipe: Recipe, projection: str) -> dict[str, Tensor]:
+def survey(weight: Tensor, stats: ProjectionStats, recipe: Recipe, projection: str) -> dict[str, Tensor]:
     """The basis of a projection, and what the loss would lose without each of its directions in each expert."""
     experts, outputs, inputs = weight.shape
     # What few tokens hide is not free: an expert is also asked about a little of what its neighbours saw.
-    moments = stats.second_moment + recipe.layer_lean * layer_mean(stats.second_moment).to(stats.second_moment.dtype)
+    moments = stats.second_moment + recipe.shrinkage * layer_mean(stats.second_moment).to(stats.second_moment.dtype)
     found = {"shape": torch.tensor([experts, outputs, inputs])}
     if projection == "gate_up":
         basis = input_basis(weight, moments)
@@ -46,15 +50,15 @@ def look(weight: Tensor, stats: ProjectionStats, recipe: Recipe, projection: str
     return {**found, "directions": basis.directions, "values": prefix_values(values.cpu())}
 
 
-def share_out(surveys: Sequence[Mapping[str, Tensor]], recipe: Recipe) -> list[dict[str, Tensor]]:
+def allocate(surveys: Sequence[Mapping[str, Tensor]], recipe: Recipe) -> list[dict[str, Tensor]]:
     """One budget over everything that was surveyed."""
     units, weights = [], 0
-    for survey in surveys:
-        _, outputs, inputs = shape = tuple(survey["shape"].tolist())
-        entries, length = (inputs, outputs) if "metric" in survey else (outputs, inputs)
-        units.append(Units(survey["values"], entries, length))
+    for seen in surveys:
+        _, outputs, inputs = shape = tuple(seen["shape"].tolist())
+        entries, length = (inputs, outputs) if "metric" in seen else (outputs, inputs)
+        units.append(Units(seen["values"], entries, length))
         weights += shape[0] * outputs * inputs
-    shares = allocate(units, int(recipe.bits * weights / 8), **_choices(recipe))
+    shares = within_budget(units, int(recipe.bits * weights / 8), **_choices(recipe))
     return [{"widths": share.widths, "basis_bits": torch.tensor(share.basis_bits, dtype=torch.int64)} for share in shares]
 
 
@@ -63,19 +67,19 @@ def quantize(
     stats: ProjectionStats | None,
     recipe: Recipe,
     projection: str,
-    survey: Mapping[str, Tensor] | None = None,
+    seen: Mapping[str, Tensor] | None = None,
     share: Mapping[str, Tensor] | None = None,
 ) -> PackedProjection:
     """Round the basis, refit each expert to it, and quantize what was given planes. Without a survey and a share of a larger
     budget, the projection is one of its own.
     """
     assert stats is not None
-    survey = look(weight, stats, recipe, projection) if survey is None else survey
-    share = share_out([survey], recipe)[0] if share is None else share
+    seen = survey(weight, stats, recipe, projection) if seen is None else seen
+    share = allocate([seen], recipe)[0] if share is None else share
     widths, bits = share["widths"].to(weight.device), share["basis_bits"].tolist()
-    directions = survey["directions"][: len(bits)].to(weight.device)
+    directions = seen["directions"][: len(bits)].to(weight.device)
     basis = rounded_basis(directions, bits, _SIDES[projection])
-    metric = survey["metric"].to(weight.device) if "metric" in survey else None
+    metric = seen["metric"].to(weight.device) if "metric" in seen else None
     packer = _Packer(weight, stats, recipe, widths, basis, metric)
     return PackedProjection(packer.factor(), **{"right" if projection == "gate_up" else "left": basis})
 
@@ -168,7 +172,7 @@ class _Packer:
 
     def _conditioned(self, some: Tensor | slice) -> Tensor:
         recipe = self.recipe
-        return conditioned(self.moments[some], lean=recipe.layer_lean, damping=recipe.damping, layer=self.layer)
+        return conditioned(self.moments[some], lean=recipe.shrinkage, damping=recipe.damping, layer=self.layer)
 
 
 def plan(shape: tuple[int, int, int], recipe: Recipe, projection: str) -> PackedProjection:
@@ -182,7 +186,7 @@ def plan(shape: tuple[int, int, int], recipe: Recipe, projection: str) -> Packed
     entries, length = (outputs, inputs) if side == "input" else (inputs, outputs)
     values = (1 / torch.arange(1, length + 1, dtype=torch.float64)).expand(experts, -1)
     budget = int(recipe.bits * experts * outputs * inputs / 8)
-    share = allocate([Units(values, entries, length)], budget, **_choices(recipe))[0]
+    share = within_budget([Units(values, entries, length)], budget, **_choices(recipe))[0]
     basis = Graded.skeleton(side=side, bits=share.basis_bits, entries=length)
     factor = Planes.skeleton(
         share.widths, side=side, directions=len(share.basis_bits), entries=entries, scale_bits=recipe.scale_bits
@@ -192,7 +196,7 @@ def plan(shape: tuple[int, int, int], recipe: Recipe, projection: str) -> Packed
 
 def needs(recipe: Recipe) -> str:
     """Second moments, once the budget is shared out."""
-    return "felt" if recipe.felt else "inputs"
+    return "loss_weighted" if recipe.loss_weighted else "inputs"
 
 
 def survey_needs(recipe: Recipe) -> str:
@@ -226,4 +230,46 @@ def _gain(wanted: Tensor, got: Tensor) -> Tensor:
     return torch.where(got > 0, (wanted / got).clamp_min(0).sqrt(), 1).clamp_max(_LARGEST_GAIN)
 
 
-METHOD = Method(quantize, plan, needs, survey=Survey(look, share_out, survey_needs))
+# Where bits are scarce, they do not belong in the fifth plane of what calibration showed most of; where they are not, four
+# planes are too few for it, and the more planes there are, the more of what is left is the rounding of scales.
+PLANES = Option(
+    "planes",
+    4,
+    "sign planes that a direction of an expert has at most",
+    (1, 2, 3, 4, 5, 6, 7),
+    from_bits=((1.25, 6), (2.5, 7)),
+)
+SCALE_BITS = Option(
+    "scale_bits",
+    5,
+    "bits of the scale of a direction or an entry of a sign plane",
+    (3, 4, 5, 6, 7, 8),
+    from_bits=((1.5, 6), (2, 8)),
+)
+SWEEPS = Option("sweeps", 1, "passes over the planes after the first, each in view of all errors", low=0, high=1000)
+# Where most directions get no bits at all, it matters which tokens the rest is fitted to; later it does not pay.
+LOSS_WEIGHTED = Option(
+    "loss_weighted",
+    True,
+    "fit planes to the tokens by how much the loss depends on their outputs",
+    from_bits=((1, False),),
+    formerly=("felt",),
+)
+REFINE = Option("refine", False, "train scales and bases afterwards, so that the logits become the original's")
+REFINE_STEPS = Option("refine_steps", 200, "steps of that, of four calibration windows each", low=1, high=1_000_000)
+_CONDITIONING = tuple(dataclasses.replace(o, default=True) if o is GAIN else o for o in CONDITIONING)
+OPTIONS = MethodOptions(
+    (PLANES, SCALE_BITS, SWEEPS, LOSS_WEIGHTED, REFINE, REFINE_STEPS, BLOCK_SIZE, *_CONDITIONING),
+    default_bits=1,
+    low=0.3,
+    high=4,
+    step=0,
+)
+METHOD = Method(
+    "a basis that all experts share, nested sign planes, one bit budget for the whole model",
+    OPTIONS,
+    quantize,
+    plan,
+    needs,
+    survey=Survey(survey, allocate, survey_needs),
+)

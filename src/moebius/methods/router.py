@@ -8,6 +8,7 @@ from moebius.correct.null_space import null_space_scales
 from moebius.formats.base import Packed, empty_like_spec
 from moebius.formats.signs import Signs
 from moebius.linalg.eigen import used_directions
+from moebius.methods.options import ALTERNATIONS, NGES_ITERATIONS, NGES_LAMBDA, NULL_SPACE_THRESHOLD
 from moebius.quantize.binary import mixed_order
 from moebius.recipe import Recipe
 
@@ -18,15 +19,16 @@ def quantize_router(weight: Tensor, moment: Tensor, recipe: Recipe) -> Packed:
     Args:
         weight: (experts, hidden).
         moment: ``Σ x xᵀ`` over all tokens that met the router. (hidden, hidden)
-        recipe: its ``alternations`` and null-space options.
+        recipe: its ``alternations`` and null-space options where its method has them, else their defaults.
 
     Returns:
         Signs with a batch of one.
     """
     matrix = weight.float().unsqueeze(0)
-    planes = mixed_order(matrix, matrix.new_zeros(1, matrix.shape[2]).bool(), recipe.alternations)
-    used = used_directions(moment.unsqueeze(0), recipe.null_space_threshold)
-    rows, columns = null_space_scales(matrix, planes.matrix(), used, pull=recipe.nges_lambda, iterations=recipe.nges_iterations)
+    planes = mixed_order(matrix, matrix.new_zeros(1, matrix.shape[2]).bool(), recipe.value(ALTERNATIONS))
+    used = used_directions(moment.unsqueeze(0), recipe.value(NULL_SPACE_THRESHOLD))
+    pull, iterations = recipe.value(NGES_LAMBDA), recipe.value(NGES_ITERATIONS)
+    rows, columns = null_space_scales(matrix, planes.matrix(), used, pull=pull, iterations=iterations)
     return planes.scaled(rows, columns).pack()
 
 

@@ -10,6 +10,8 @@ from moebius.formats.integers import Integers
 from moebius.formats.projection import PackedProjection
 from moebius.linalg.hessian import conditioned, layer_mean
 from moebius.methods.base import Method, in_chunks
+from moebius.methods.options import CONDITIONING, INTEGER_GROUP_SIZE
+from moebius.options import MethodOptions
 from moebius.quantize.integers import round_to_nearest, whole_rows
 from moebius.recipe import Recipe
 from moebius.types import ProjectionStats
@@ -25,7 +27,7 @@ def quantize(weight: Tensor, stats: ProjectionStats | None, recipe: Recipe, proj
         codes = round_to_nearest(some, int(recipe.bits), whole_rows(recipe.group_size, inputs))
         if recipe.gain:
             assert stats is not None
-            moments = conditioned(stats.second_moment[chunk], lean=recipe.layer_lean, damping=recipe.damping, layer=layer)
+            moments = conditioned(stats.second_moment[chunk], lean=recipe.shrinkage, damping=recipe.damping, layer=layer)
             codes = codes.scaled(row_gain(some, codes.matrix(), moments))
         return codes.pack()
 
@@ -43,4 +45,5 @@ def needs(recipe: Recipe) -> str:
     return "inputs" if recipe.gain else "nothing"
 
 
-METHOD = Method(quantize, plan, needs)
+OPTIONS = MethodOptions((INTEGER_GROUP_SIZE, *CONDITIONING), default_bits=2, low=1, high=8)
+METHOD = Method("round to nearest, without calibration", OPTIONS, quantize, plan, needs)

@@ -110,7 +110,7 @@ def _pack(
     if job.method.survey is not None and windows is not None:
         job.survey(windows, writer, progress)
         clock.lap("survey")
-    if not (job.recipe.refine and windows is not None):
+    if not (job.refines and windows is not None):
         for name, packed, entry in job.packed_layers(windows, writer.entries(), writer.work.scratch, progress):
             writer.write_layer(name, packed, entry)
         clock.lap("calibrate and quantize")
@@ -166,6 +166,7 @@ class _Job:
         self.method: Method = METHODS[recipe.method]
         self.binary_router = recipe.router == "binary"
         self.needs = "inputs" if self.binary_router and self.method.needs(recipe) == "nothing" else self.method.needs(recipe)
+        self.refines: bool = dict(recipe.options).get("refine", False)
         self._shares: dict[tuple[str, str], dict[str, Any]] = {}
         self._planned: dict[tuple[tuple[int, int, int], str], int] = {}
 
@@ -189,14 +190,14 @@ class _Job:
             weights = read_weights(layer.name, layer.experts)
             for projection in PROJECTIONS:
                 weight, of_projection = weights.projection(projection), stats.projection(projection)
-                found = survey.look(weight.to(self.device), of_projection.to(self.device), self.recipe, projection)
+                found = survey.survey(weight.to(self.device), of_projection.to(self.device), self.recipe, projection)
                 writer.keep(f"{layer.name}.{projection}", {name: tensor.cpu() for name, tensor in found.items()})
             del stats, of_projection  # one layer's statistics in memory, not two
         places = [(name, projection) for name in layers for projection in PROJECTIONS]
         surveys = [kept for name, projection in places if (kept := writer.kept(f"{name}.{projection}")) is not None]
         progress.stage("sharing out the bits", 1)
-        for place, kept, share in zip(places, surveys, survey.share_out(surveys, self.recipe), strict=True):
-            self._shares[place] = {"survey": kept, "share": share}
+        for place, kept, share in zip(places, surveys, survey.allocate(surveys, self.recipe), strict=True):
+            self._shares[place] = {"seen": kept, "share": share}
         progress.advance(f"{len(places)} projections")
 
     def packed_layers(
@@ -257,14 +258,14 @@ class _Job:
         return [layer.name for layer in self.moe.moe_layers] + list(packed_linears(self.moe, self.recipe))
 
     def _request(self) -> StatisticsRequest:
-        gradients, felt = self.needs == "gradients", self.needs == "felt"
+        gradients, weighted = self.needs == "gradients", self.needs == "loss_weighted"
         return StatisticsRequest(
-            gradients=gradients or felt,
-            glas_groups=self.recipe.glas_groups,
+            gradients=gradients or weighted,
+            glas_groups=dict(self.recipe.options).get("glas_groups", 1),
             left_factors=self._left_factors if gradients else None,
             router_moment=self.binary_router,
             weighted_moments=gradients,
-            by_loss=felt,
+            by_loss=weighted,
         )
 
     def _left_factors(self, weights: ExpertWeights) -> dict[str, Tensor]:
