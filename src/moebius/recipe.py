@@ -78,9 +78,7 @@ class Recipe:
         for name, value in options.items():
             option = by_name(known, name, f"method {method!r}")
             if option.name in given:
-                raise RecipeError(
-                    f"option {name}: is {option.name}, which was given too, as {given[option.name]}; give it once"
-                )
+                raise RecipeError(f"option {name}: got it twice, as {given[option.name]} too; give it once")
             given[option.name] = name
             values[option.name] = option.parse(value)
         common = {option.name: values.pop(option.name) for option in COMMON}

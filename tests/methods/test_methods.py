@@ -10,6 +10,7 @@ import torch
 from moebius.formats import PackedProjection
 from moebius.linalg.eigen import used_directions
 from moebius.methods import METHODS, base, mobie
+from moebius.methods.options import GLAS_GROUPS
 from moebius.methods.router import plan_router, quantize_router
 from moebius.quantize.binary import mixed_order
 from moebius.recipe import Recipe
@@ -33,7 +34,7 @@ def statistics(recipe: Recipe, projection: str = "gate_up", unseen: tuple[int, .
     x[list(unseen)] = 0
     left = METHODS[recipe.method].left_factor(WEIGHT, recipe, projection)
     delta = delta if left is None else delta @ left
-    groups, channels = recipe.glas_groups, delta.shape[2]
+    groups, channels = recipe.value(GLAS_GROUPS), delta.shape[2]
     group = torch.arange(channels) * groups // channels
     weights = torch.stack([delta[:, :, group == g].square().mean(2) for g in range(groups)], dim=1)
     return ProjectionStats(
