@@ -84,3 +84,14 @@ def test_values(packed: Path, tmp_path: Path, file: str) -> None:
         ends_well("info", folder, "--verify")
         if file == "config.json":
             ends_well("generate", folder, "--prompt", "a", "--tokens", "1", "--quiet")
+
+
+REPORTS: tuple[Any, ...] = (3, [None], [{"name": 1}], [{"name": "x", "tokens_per_expert": 3}])
+REPORTS += ([{"name": "x", "tokens_per_expert": []}], [{"name": "x", "tokens_per_expert": ["many"]}])
+
+
+@pytest.mark.parametrize("layers", REPORTS)
+def test_reports(packed: Path, tmp_path: Path, layers: Any) -> None:
+    folder = Path(shutil.copytree(packed, tmp_path / "copy"))
+    (folder / "moebius_report.json").write_text(json.dumps({"layers": layers}))
+    assert "moebius_report.json: layers" in ends_well("info", folder)
