@@ -39,6 +39,44 @@ class ExpertWeights:
 
 
 @dataclass(frozen=True)
+class CalibrationNeeds:
+    """What calibration must gather of every MoE layer; as it stands, nothing. Needs are put together with ``|``.
+
+    Attributes:
+        inputs: what enters each projection: ``n``, mean and ``C`` of :class:`ProjectionStats`. The other needs include it.
+        loss_weighted: tokens count in ``C`` by how much the loss depends on their outputs, instead of once each.
+        glas_groups: groups of output channels with a GLAS Hessian ``S_g`` of their own; 0: no such Hessians.
+        output_fisher: ``G`` at ``down``, and ``γ``.
+        router_moment: ``Σ x xᵀ`` over what met the router, where the model has a router that can be found.
+    """
+
+    inputs: bool = False
+    loss_weighted: bool = False
+    glas_groups: int = 0
+    output_fisher: bool = False
+    router_moment: bool = False
+
+    @property
+    def anything(self) -> bool:
+        """Whether there is to be a calibration at all."""
+        return self.inputs or self.gradients or self.router_moment
+
+    @property
+    def gradients(self) -> bool:
+        """Whether the backward pass has to run; ``γ`` and ``φ`` are gathered where it does."""
+        return self.loss_weighted or self.glas_groups > 0 or self.output_fisher
+
+    def __or__(self, other: CalibrationNeeds) -> CalibrationNeeds:
+        return CalibrationNeeds(
+            inputs=self.inputs or other.inputs,
+            loss_weighted=self.loss_weighted or other.loss_weighted,
+            glas_groups=max(self.glas_groups, other.glas_groups),
+            output_fisher=self.output_fisher or other.output_fisher,
+            router_moment=self.router_moment or other.router_moment,
+        )
+
+
+@dataclass(frozen=True)
 class ProjectionStats:
     """What calibration saw at one projection of one layer. All sums run over the tokens routed to the expert.
 

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moebius.calibrate.observe import observed_forward
-from moebius.calibrate.stream import StatisticsRequest, stream_statistics
+from moebius.calibrate.stream import stream_statistics
 from moebius.errors import CalibrationError
 from moebius.models.load import describe
-from moebius.types import PROJECTIONS, ExpertWeights, LayerStats, MoeLayer
+from moebius.types import PROJECTIONS, CalibrationNeeds, ExpertWeights, LayerStats, MoeLayer
 
-FULL = StatisticsRequest(gradients=True, router_moment=True, output_fisher=True)
+FULL = CalibrationNeeds(glas_groups=1, router_moment=True, output_fisher=True)
 Rows = list[tuple[int, Tensor, Tensor]]  # expert, x, y with its gradient
 Routing = dict[str, list[float]]  # by layer, the routing weight of each row
 
@@ -30,9 +30,9 @@ def token_windows(count: int = 3, length: int = 12) -> Tensor:
     return torch.randint(0, 256, (count, length), generator=torch.Generator().manual_seed(7))
 
 
-def collect(model: PreTrainedModel, request: StatisticsRequest = FULL, **options: Any) -> dict[str, LayerStats]:
+def collect(model: PreTrainedModel, needs: CalibrationNeeds = FULL, **options: Any) -> dict[str, LayerStats]:
     windows = options.pop("windows", token_windows())
-    return {stats.name: stats for stats in stream_statistics(describe(model), windows, request, **options)}
+    return {stats.name: stats for stats in stream_statistics(describe(model), windows, needs, **options)}
 
 
 def by_hand(
@@ -134,11 +134,11 @@ def test_statistics_equal_brute_force(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["olmoe", "gpt_oss"])
-def test_tokens_weigh_by_what_the_loss_feels_and_what_their_routing_lets_expect(name: str) -> None:
+def test_tokens_weigh_by_how_the_loss_depends_on_them_and_what_their_routing_lets_expect(name: str) -> None:
     model, windows, routing = tiny_model(name), token_windows(), {}
     seen, _ = by_hand(model, windows, routing)
-    request = StatisticsRequest(gradients=True, weighted_moments=False, by_loss=True)
-    for layer_name, stats in collect(model, request, batch_size=2).items():
+    needs = CalibrationNeeds(loss_weighted=True)
+    for layer_name, stats in collect(model, needs, batch_size=2).items():
         squares = torch.tensor(routing[layer_name]).square()
         for projection in PROJECTIONS:
             rows, got = seen[layer_name][projection], stats.projection(projection)
@@ -155,8 +155,8 @@ def test_one_group_per_channel_is_equation_10() -> None:
     """MoBiE Eq. 10: ``H_j = Σ_t (∂loss/∂y_tj)² x_t x_tᵀ`` for every output channel ``j``; and groups average it."""
     model = tiny_model("olmoe")
     seen, _ = by_hand(model, token_windows())
-    printed = collect(model, StatisticsRequest(gradients=True, glas_groups=80))
-    thirds = collect(model, StatisticsRequest(gradients=True, glas_groups=3))
+    printed = collect(model, CalibrationNeeds(glas_groups=80))
+    thirds = collect(model, CalibrationNeeds(glas_groups=3))
     for layer_name, projections in seen.items():
         rows = projections["gate_up"]
         wanted = torch.zeros(8, 80, 48, 48)
@@ -180,7 +180,7 @@ def test_left_factor_turns_the_gradient() -> None:
         return {"down": weights.down.mean(0)[:, :10]}
 
     plain = collect(model)
-    turned = collect(model, StatisticsRequest(gradients=True, left_factors=left_factors, output_fisher=True))
+    turned = collect(model, CalibrationNeeds(glas_groups=1, output_fisher=True), left_factors=left_factors)
     for layer_name, stats in turned.items():
         a = given[layer_name].down.mean(0)[:, :10]
         weighted, fisher = torch.zeros(8, 1, 40, 40), torch.zeros(8, 10)
@@ -283,7 +283,7 @@ def test_experts_without_tokens_have_zeros() -> None:
 def test_inputs_alone_need_no_backward_pass() -> None:
     model = tiny_model("deepseek_v2")
     wanted = collect(model)
-    got = collect(model, StatisticsRequest(gradients=False))
+    got = collect(model, CalibrationNeeds(inputs=True))
     assert list(got) == list(wanted)[::-1]
     for name, stats in got.items():
         for projection in PROJECTIONS:

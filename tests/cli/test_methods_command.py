@@ -25,6 +25,7 @@ from moebius.methods import Method
 from moebius.methods.options import GAIN
 from moebius.options import MethodOptions, Option
 from moebius.quantize.binary import mixed_order
+from moebius.types import CalibrationNeeds
 
 STRETCH = Option("stretch", 1.0, "what row scales are multiplied by", low=0.1, high=8)
 ROUNDS = Option("rounds", 3, "updates of row and column scales", (0, 3, 5), from_bits=((1, 5),))
@@ -41,7 +42,11 @@ def plan(shape, recipe, projection):
 
 
 METHOD = Method(
-    "signs alone", MethodOptions((STRETCH, ROUNDS), default_bits=1, low=1, high=1), quantize, plan, lambda recipe: "nothing"
+    "signs alone",
+    MethodOptions((STRETCH, ROUNDS), default_bits=1, low=1, high=1),
+    quantize,
+    plan,
+    lambda recipe: CalibrationNeeds(),
 )
 '''.replace("from moebius.formats.base", "import torch\n\nfrom moebius.formats.base")
 

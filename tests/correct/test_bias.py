@@ -16,7 +16,7 @@ ROUGH = 0.7 * WEIGHT + 0.3 * torch.randn(3, 6, 10, generator=G)
 
 def corrected(mode: str) -> torch.Tensor:
     stats = ProjectionStats(torch.full((3,), 400), X.mean(1), X.mT @ X)
-    inputs = input_moments(stats, slice(None), layer_average(stats), lean=0.0)
+    inputs = input_moments(stats, slice(None), layer_average(stats), shrinkage=0.0)
     scale, bias = channel_correction(WEIGHT, ROUGH, inputs, mode)
     return (X @ ROUGH.mT) * scale.unsqueeze(1) + bias.unsqueeze(1)
 
@@ -41,7 +41,7 @@ def test_an_unseen_expert_takes_the_moments_of_its_layer() -> None:
     mean, moment = x.mean(1), x.mT @ x
     mean[1], moment[1] = 0, 0
     stats = ProjectionStats(tokens, mean, moment)
-    inputs = input_moments(stats, slice(1, 2), layer_average(stats), lean=0.03)
+    inputs = input_moments(stats, slice(1, 2), layer_average(stats), shrinkage=0.03)
     pooled = torch.cat([x[0], x[2]])
     assert torch.allclose(inputs.mean[0], pooled.mean(0), atol=1e-4)
     assert torch.allclose(inputs.covariance[0], pooled.T.cov(correction=0), rtol=1e-2, atol=1e-2)

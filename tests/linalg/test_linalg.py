@@ -52,28 +52,28 @@ def test_only_eigenvalues_above_the_threshold_count() -> None:
 def test_conditioned_hessians_lean_on_the_layer_and_are_damped() -> None:
     seen = moments(3, 5, 20)
     seen[1] = 0  # an expert without tokens
-    got = conditioned(seen, lean=0.5, damping=0.1)
+    got = conditioned(seen, shrinkage=0.5, damping=0.1)
     leaned = seen + 0.5 * seen.mean(0)
     want = leaned + 0.1 * torch.diag_embed(leaned.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).expand(-1, 5))
     assert torch.allclose(got, want)
     assert (torch.linalg.eigvalsh(got) > 0).all()
-    assert torch.equal(conditioned(seen[1:], lean=0.5, damping=0.1, layer=layer_mean(seen)), got[1:])
+    assert torch.equal(conditioned(seen[1:], shrinkage=0.5, damping=0.1, layer=layer_mean(seen)), got[1:])
 
 
 def test_conditioned_keeps_groups_apart() -> None:
     grouped = torch.stack([moments(3, 5, 20, 1), moments(3, 5, 20, 2)], dim=1)
-    got = conditioned(grouped, lean=0.1, damping=0.01)
+    got = conditioned(grouped, shrinkage=0.1, damping=0.01)
     for group in range(2):
-        assert torch.allclose(got[:, group], conditioned(grouped[:, group], lean=0.1, damping=0.01))
+        assert torch.allclose(got[:, group], conditioned(grouped[:, group], shrinkage=0.1, damping=0.01))
 
 
 def test_a_layer_without_tokens_gets_identities() -> None:
-    assert torch.equal(conditioned(torch.zeros(2, 3, 3), lean=0.1, damping=0.0), torch.eye(3).expand(2, 3, 3))
-    assert torch.isfinite(feedback_factor(conditioned(moments(2, 9, 1), lean=0.0, damping=0.0))).all()
+    assert torch.equal(conditioned(torch.zeros(2, 3, 3), shrinkage=0.1, damping=0.0), torch.eye(3).expand(2, 3, 3))
+    assert torch.isfinite(feedback_factor(conditioned(moments(2, 9, 1), shrinkage=0.0, damping=0.0))).all()
 
 
 def test_inverse_and_its_factor() -> None:
-    hessians = conditioned(moments(2, 6, 20), lean=0.1, damping=0.01)
+    hessians = conditioned(moments(2, 6, 20), shrinkage=0.1, damping=0.01)
     inverse = torch.linalg.inv(hessians)
     assert torch.allclose(inverse_diagonal(hessians), inverse.diagonal(dim1=1, dim2=2).float(), rtol=1e-4)
     factor = feedback_factor(hessians)
@@ -89,7 +89,7 @@ def test_inverse_and_its_factor() -> None:
 
 
 def test_large_triangles_are_inverted_in_halves() -> None:
-    hessians = conditioned(moments(2, 150, 300), lean=0.1, damping=0.01)
+    hessians = conditioned(moments(2, 150, 300), shrinkage=0.1, damping=0.01)
     inverse, factor = torch.linalg.inv(hessians).float(), feedback_factor(hessians)
     assert torch.allclose(inverse_diagonal(hessians), inverse.diagonal(dim1=1, dim2=2), rtol=1e-3)
     assert (factor.mT @ factor - inverse).norm() < 1e-4 * inverse.norm()

@@ -14,7 +14,7 @@ from moebius.methods.options import GLAS_GROUPS
 from moebius.methods.router import plan_router, quantize_router
 from moebius.quantize.binary import mixed_order
 from moebius.recipe import Recipe
-from moebius.types import PROJECTIONS, ProjectionStats
+from moebius.types import PROJECTIONS, CalibrationNeeds, ProjectionStats
 
 EXPERTS, OUT, INPUTS, TOKENS = 4, 24, 40, 200
 
@@ -129,12 +129,13 @@ def test_weights_in_half_precision_are_read() -> None:
 
 
 def test_what_each_recipe_needs() -> None:
+    inputs = CalibrationNeeds(inputs=True)
     needs = {
-        ("rtn", "gain=false"): "nothing",
-        ("rtn", "gain=true"): "inputs",
-        ("gptq", "gain=false"): "inputs",
-        ("mobie", "glas=true"): "gradients",
-        ("mobie", "glas=false"): "inputs",
+        ("rtn", "gain=false"): CalibrationNeeds(),
+        ("rtn", "gain=true"): inputs,
+        ("gptq", "gain=false"): inputs,
+        ("mobie", "glas=true"): CalibrationNeeds(inputs=True, glas_groups=1),
+        ("mobie", "glas=false"): inputs,
     }
     for (name, option), want in needs.items():
         key, value = option.split("=")

@@ -78,7 +78,7 @@ def test_feedback_lowers_the_error_of_the_output() -> None:
     weight, salient = randn(4, 32, 32, seed=13), some_salient(4, 32, 8, seed=14)
     x = randn(4, 200, 32, seed=15) @ randn(4, 32, 32, seed=16)
     moments = x.mT @ x
-    weights = feedback_weights(conditioned(moments, lean=0.0, damping=0.01))
+    weights = feedback_weights(conditioned(moments, shrinkage=0.0, damping=0.01))
 
     def output_error(matrix: torch.Tensor) -> torch.Tensor:
         return (((weight - matrix) @ moments) * (weight - matrix)).sum((1, 2))

@@ -45,7 +45,7 @@ def test_nearest_is_nearest() -> None:
 def test_error_feedback_lowers_the_error_of_the_outputs() -> None:
     weight = torch.randn(2, 64, 30, generator=G)  # 30 columns: the last vector of a row reaches beyond its end
     x = torch.randn(2, 300, 30, generator=G) @ torch.randn(30, 30, generator=G)
-    factor = feedback_factor(conditioned(x.mT @ x, lean=0.0, damping=0.01))
+    factor = feedback_factor(conditioned(x.mT @ x, shrinkage=0.0, damping=0.01))
     error = {
         name: (x @ (quantize_vectors(weight, f, bits=1.5, length=4, iterations=50).unpack() - weight).mT).norm()
         for name, f in (("plain", None), ("feedback", factor))

@@ -60,7 +60,7 @@ def test_feedback_without_correlation_is_rounding_to_nearest(bits: int) -> None:
 def test_feedback_lowers_the_error_of_the_output(bits: int, group_size: int, block_size: int) -> None:
     weight, x = randn(3, 16, 32), randn(3, 200, 32, seed=1) @ randn(3, 32, 32, seed=2)
     moments = x.mT @ x
-    factor = feedback_factor(conditioned(moments, lean=0.0, damping=0.01))
+    factor = feedback_factor(conditioned(moments, shrinkage=0.0, damping=0.01))
 
     def output_error(matrix: torch.Tensor) -> torch.Tensor:
         return (((weight - matrix) @ moments) * (weight - matrix)).sum((1, 2))

@@ -1,1 +1,1 @@
-"""Calibration: which tokens to look at, and what every expert saw and felt while the model read them."""
+"""Calibration: which tokens to look at, and what every expert saw and how much the loss depends on it."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moebius.calibrate.grouped import Assignment
-from moebius.types import ProjectionStats
+from moebius.types import CalibrationNeeds, ProjectionStats
 
 
 def group_of_channel(channels: int, groups: int) -> Tensor:
@@ -24,12 +24,10 @@ class ProjectionSums:
 
     Args:
         experts, inputs, outputs: of the projection.
-        glas_groups: groups of output channels with a Hessian of their own; None: no gradients, so no Hessian of this kind.
+        needs: what is wanted.
         left: shared left factor ``A`` (outputs, rank). The gradient at the expert factor's output is then ``Aᵀ δ``, and so are
             the channels of ``S`` and ``γ``.
-        output_fisher: whether to sum ``G = Σ δ δᵀ`` too.
-        weighted_moments: whether to sum ``S`` where there are gradients; it takes as much as ``C``.
-        by_loss: whether ``C`` is that of :class:`FeltMoments`; wants gradients, and takes twice as much.
+        output_fisher: whether to sum ``G = Σ δ δᵀ`` of this projection.
         device: where the sums are kept.
     """
 
@@ -38,18 +36,16 @@ class ProjectionSums:
         experts: int,
         inputs: int,
         outputs: int,
+        needs: CalibrationNeeds,
         *,
-        glas_groups: int | None,
         left: Tensor | None = None,
         output_fisher: bool = False,
-        weighted_moments: bool = True,
-        by_loss: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
         self._tokens = torch.zeros(experts, dtype=torch.int64, device=device)
         self._sum = torch.zeros(experts, inputs, device=device)
-        self._felt = FeltMoments(experts, inputs, device) if by_loss else None
-        self._moment = torch.zeros(0 if by_loss else experts, inputs, inputs, device=device)
+        self._by_loss = LossWeightedMoments(experts, inputs, device) if needs.loss_weighted else None
+        self._moment = torch.zeros(0 if needs.loss_weighted else experts, inputs, inputs, device=device)
         self._left = left
         self._squares = 0.0
         self._outputs = outputs
@@ -57,16 +53,16 @@ class ProjectionSums:
         self._weighted: Tensor | None = None
         self._fisher: Tensor | None = None
         self._output_fisher: Tensor | None = None
-        if glas_groups is not None:
-            channels = outputs if left is None else left.shape[1]
-            groups = min(glas_groups, channels)
+        channels = outputs if left is None else left.shape[1]
+        if needs.glas_groups:
+            groups = min(needs.glas_groups, channels)
             members = torch.nn.functional.one_hot(group_of_channel(channels, groups), groups).float()  # (channels, groups)
             self._average = (members / members.sum(0)).to(device)
-            if weighted_moments:
-                self._weighted = torch.zeros(experts, groups, inputs, inputs, device=device)
+            self._weighted = torch.zeros(experts, groups, inputs, inputs, device=device)
+        if needs.gradients:
             self._fisher = torch.zeros(experts, channels, device=device)
-            if output_fisher:
-                self._output_fisher = torch.zeros(outputs, outputs, device=device)
+        if output_fisher:
+            self._output_fisher = torch.zeros(outputs, outputs, device=device)
 
     def add(
         self, assignment: Assignment, inputs: Tensor, gradient: Tensor | None = None, routing: Tensor | None = None
@@ -77,24 +73,24 @@ class ProjectionSums:
             assignment: which expert each row belongs to.
             inputs: ``x``, (rows, in).
             gradient: ``δ``, (rows, out); None without gradients.
-            routing: weight of each row's expert in the output of the layer, (rows,); read where ``by_loss`` was asked for.
+            routing: weight of each row's expert in the output of the layer, (rows,); read where tokens are weighed by the loss.
         """
         squares = weights = None
-        if gradient is not None and self._average is not None:
+        if gradient is not None and self._fisher is not None:
             self._squares += float(gradient.square().sum(dtype=torch.float64))
             if self._output_fisher is not None:
                 self._output_fisher.addmm_(gradient.T, gradient)
             squares = (gradient if self._left is None else gradient @ self._left).square()  # (rows, channels)
-            weights = squares @ self._average if self._weighted is not None else None  # s, (rows, groups)
-            if self._felt is not None and routing is not None:
-                self._felt.add(assignment, inputs, gradient.square().mean(1), routing.square())
+            weights = squares @ self._average if self._average is not None else None  # s, (rows, groups)
+            if self._by_loss is not None and routing is not None:
+                self._by_loss.add(assignment, inputs, gradient.square().mean(1), routing.square())
         self._tokens += assignment.counts
         hessians = 1 if self._weighted is None else self._weighted.shape[1]
         width = inputs.shape[-1]
         for batch in assignment.batches(hessians * width * width, (hessians + 1) * width):
             x = batch.gather(inputs)  # (batch, longest, in)
             self._sum.index_add_(0, batch.experts, x.sum(1))
-            if self._felt is None:
+            if self._by_loss is None:
                 self._moment.index_add_(0, batch.experts, x.mT @ x)
             if squares is not None and self._fisher is not None:
                 self._fisher.index_add_(0, batch.experts, batch.gather(squares).sum(1))
@@ -108,7 +104,7 @@ class ProjectionSums:
         return ProjectionStats(
             tokens=self._tokens,
             mean=self._sum / self._tokens.clamp(min=1).unsqueeze(1),
-            second_moment=self._moment if self._felt is None else self._felt.result(),
+            second_moment=self._moment if self._by_loss is None else self._by_loss.result(),
             weighted_moment=self._weighted,
             fisher_diagonal=self._fisher,
             output_fisher=self._output_fisher,
@@ -116,11 +112,11 @@ class ProjectionSums:
         )
 
 
-class FeltMoments:
-    """Second moments in which a token counts as much as the loss feels an error of the expert's output for it.
+class LossWeightedMoments:
+    """Second moments in which a token counts as much as the loss depends on the expert's output for it.
 
-    What it feels is ``s_t``, the mean of ``δ²`` over the outputs: true for the tokens at hand, but noisy, and a few tokens make
-    up most of it. What it can be expected to feel is ``m w_t²``, where ``w`` is the routing weight through which every ``δ``
+    What is observed of that is ``s_t``, the mean of ``δ²`` over the outputs: true for the tokens at hand, but noisy, and a few
+    tokens make up most of it. What can be expected is ``m w_t²``, where ``w`` is the routing weight through which every ``δ``
     has come, and ``m = Σ s / Σ w²`` of the layer. Each is half of the weight.
 
     Args:
@@ -129,14 +125,14 @@ class FeltMoments:
     """
 
     def __init__(self, experts: int, inputs: int, device: torch.device | str = "cpu") -> None:
-        # By what was felt, and by what can be expected.
+        # By what was observed, and by what can be expected.
         self._weights = [0.0, 0.0]
         self._moments = torch.zeros(2, experts, inputs, inputs, device=device)
 
-    def add(self, assignment: Assignment, inputs: Tensor, felt: Tensor, expected: Tensor) -> None:
+    def add(self, assignment: Assignment, inputs: Tensor, observed: Tensor, expected: Tensor) -> None:
         """Add rows ``x`` (rows, in) with ``s`` and ``w²``, each (rows,)."""
         width = inputs.shape[-1]
-        for kind, weights in enumerate((felt, expected)):
+        for kind, weights in enumerate((observed, expected)):
             self._weights[kind] += float(weights.sum(dtype=torch.float64))
             for batch in assignment.batches(width * width, 2 * width):
                 x = batch.gather(inputs)  # (batch, longest, in)
@@ -145,7 +141,7 @@ class FeltMoments:
 
     def result(self) -> Tensor:
         """``Σ (s + m w²)/2 x xᵀ``, (experts, in, in), in the memory of the sums."""
-        felt, expected = self._weights
-        ratio = felt / expected if expected else 0.0
+        observed, expected = self._weights
+        ratio = observed / expected if expected else 0.0
         moments, prior = self._moments
         return moments.add_(prior, alpha=ratio).mul_(0.5)

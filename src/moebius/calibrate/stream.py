@@ -25,7 +25,7 @@ from moebius.calibrate.layerwise import HiddenStates, LayerRunner, calibrating, 
 from moebius.calibrate.observe import Observation, observed
 from moebius.errors import CalibrationError
 from moebius.progress import Progress, Silent
-from moebius.types import PROJECTIONS, ExpertWeights, LayerStats, MoeLayer, MoeModel
+from moebius.types import PROJECTIONS, CalibrationNeeds, ExpertWeights, LayerStats, MoeLayer, MoeModel
 
 #: Brings the weights of a decoder layer into memory for as long as the context lasts.
 Resident = Callable[[int], AbstractContextManager[Any]]
@@ -33,36 +33,16 @@ Resident = Callable[[int], AbstractContextManager[Any]]
 _GRADIENT = "gradient"
 
 
-@dataclass(frozen=True)
-class StatisticsRequest:
-    """Which statistics are wanted.
-
-    Attributes:
-        gradients: run the backward pass; without it, only inputs are looked at.
-        glas_groups: groups of output channels with a GLAS Hessian of their own.
-        left_factors: from the float32 weights of a layer, the shared left factor ``A`` (out, rank) of the projections that
-            have one; their ``S`` and ``γ`` are then those of ``Aᵀ δ``. ``G`` and ``φ`` are always those of ``δ``.
-        router_moment: sum ``x xᵀ`` over what met the router, where the model has a router that can be found.
-        output_fisher: sum ``G`` at ``down``.
-        weighted_moments: sum ``S`` where there are gradients.
-        by_loss: weigh tokens in ``C`` by how much the loss feels their outputs, see
-            :class:`moebius.calibrate.accumulate.FeltMoments`; wants ``gradients``.
-    """
-
-    gradients: bool
-    glas_groups: int = 1
-    left_factors: Callable[[ExpertWeights], dict[str, Tensor]] | None = None
-    router_moment: bool = False
-    output_fisher: bool = False
-    weighted_moments: bool = True
-    by_loss: bool = False
+#: From the float32 weights of a layer, the shared left factor ``A`` (out, rank) of the projections that have one.
+LeftFactors = Callable[[ExpertWeights], dict[str, Tensor]]
 
 
 def stream_statistics(
     moe: MoeModel,
     windows: Tensor,
-    request: StatisticsRequest,
+    needs: CalibrationNeeds,
     *,
+    left_factors: LeftFactors | None = None,
     batch_size: int = 8,
     skip: Collection[str] = (),
     work: Path | None = None,
@@ -77,7 +57,9 @@ def stream_statistics(
     Args:
         moe: the model; all of it is as before once the iterator is exhausted or closed.
         windows: (windows, window_length) int64 token ids.
-        request: what is wanted.
+        needs: what is wanted.
+        left_factors: of the projections that have one; their ``S`` and ``γ`` are then those of ``Aᵀ δ``. ``G`` and ``φ`` are
+            always those of ``δ``.
         batch_size: windows per forward.
         skip: names of MoE layers that are passed through without taking statistics.
         work: folder in which the hidden states are kept; None keeps them in memory. They are 4 bytes · tokens · hidden for
@@ -101,20 +83,20 @@ def stream_statistics(
     observing: dict[int, list[MoeLayer]] = {}
     for layer in moe.moe_layers:
         observing.setdefault(layer.decoder_layer, []).append(layer)
-    first, depth = min(wanted), len(moe.decoder) if request.gradients else max(wanted) + 1
+    first, depth = min(wanted), len(moe.decoder) if needs.gradients else max(wanted) + 1
     with ExitStack() as stack:
         stack.enter_context(calibrating(moe))
         states = stack.enter_context(hidden_states(work))
         batches = windows.to(moe.model.device).split(batch_size)
-        passes = _Passes(moe, batches, request, states, LayerRunner(moe), resident, observing)
+        passes = _Passes(moe, batches, needs, left_factors, states, LayerRunner(moe), resident, observing)
         passes.embed()
         progress.stage("calibration: forward", depth)
         for index in range(depth):
-            sums = passes.forward(index, [] if request.gradients else wanted.get(index, []))
+            sums = passes.forward(index, [] if needs.gradients else wanted.get(index, []))
             progress.advance(f"{moe.decoder_name}.{index}")
             while sums:
                 yield sums.pop(0).result()
-        if not request.gradients:
+        if not needs.gradients:
             return
         passes.tail()
         progress.stage("calibration: backward", depth - first)
@@ -131,7 +113,8 @@ class _Passes:
 
     moe: MoeModel
     batches: Sequence[Tensor]
-    request: StatisticsRequest
+    needs: CalibrationNeeds
+    left_factors: LeftFactors | None
     states: HiddenStates
     runner: LayerRunner
     resident: Resident
@@ -147,10 +130,10 @@ class _Passes:
     def forward(self, index: int, layers: list[MoeLayer]) -> list[_LayerSums]:
         """Run decoder layer ``index``; take statistics of what entered the projections of ``layers``."""
         # The backward pass comes back for the inputs of the layers.
-        take = self.states.get if self.request.gradients else self.states.pop
+        take = self.states.get if self.needs.gradients else self.states.pop
         with self._layer(index, layers) as sums:
             for number, ids in enumerate(self.batches):
-                watched = [] if self.request.gradients else self.observing.get(index, [])
+                watched = [] if self.needs.gradients else self.observing.get(index, [])
                 with observed(watched) as seen, _routers_watched(sums):
                     output = self.runner.layer(index, ids, take(str(index), number))
                 self.states.put(str(index + 1), number, output)
@@ -200,16 +183,16 @@ class _Passes:
     def _layer(self, index: int, layers: list[MoeLayer]) -> Iterator[list[_LayerSums]]:
         """A decoder layer with its weights in memory and in float32, and empty sums for its MoE layers."""
         with self.resident(index), in_float32(self.moe.decoder[index]):
-            yield [_LayerSums(layer, self.request) for layer in layers]
+            yield [_LayerSums(layer, self.needs, self.left_factors) for layer in layers]
 
 
 class _LayerSums:
     """The sums of both projections of a MoE layer, and of its router. To be made while its weights are in float32."""
 
-    def __init__(self, layer: MoeLayer, request: StatisticsRequest) -> None:
+    def __init__(self, layer: MoeLayer, needs: CalibrationNeeds, left_factors: LeftFactors | None) -> None:
         self.layer = layer
         layout, weights = layer.layout, layer.layout.weights(layer.name, layer.experts)
-        left = request.left_factors(weights) if request.gradients and request.left_factors else {}
+        left = left_factors(weights) if needs.gradients and left_factors is not None else {}
         self._projections = {}
         for name in PROJECTIONS:
             _, outputs, inputs = weights.projection(name).shape
@@ -217,15 +200,13 @@ class _LayerSums:
                 layout.experts,
                 inputs,
                 outputs,
-                glas_groups=request.glas_groups if request.gradients else None,
+                needs,
                 left=left.get(name),
-                output_fisher=request.output_fisher and name == "down",
-                weighted_moments=request.weighted_moments,
-                by_loss=request.by_loss,
+                output_fisher=needs.output_fisher and name == "down",
                 device=weights.down.device,
             )
         self.router_moment: Tensor | None = None
-        if request.router_moment and layer.router is not None:
+        if needs.router_moment and layer.router is not None:
             router: Any = layer.router
             width = router.weight.shape[1]
             self.router_moment = torch.zeros(width, width, device=weights.down.device)

@@ -27,23 +27,23 @@ class InputMoments:
     covariance: Tensor
 
 
-def input_moments(stats: ProjectionStats, chunk: slice, average: tuple[Tensor, ...], *, lean: float) -> InputMoments:
-    """Moments of each expert's inputs, as if ``lean`` times the average expert of the layer had been seen on top.
+def input_moments(stats: ProjectionStats, chunk: slice, average: tuple[Tensor, ...], *, shrinkage: float) -> InputMoments:
+    """Moments of each expert's inputs, as if ``shrinkage`` times the average expert of the layer had been seen on top.
 
     Args:
         stats: of the whole layer.
         chunk: which experts.
         average: :func:`layer_average` of the same.
-        lean: ρ.
+        shrinkage: ρ.
 
     Returns:
         float32; zeros where the layer saw no token.
     """
     count, total, moment = average
     tokens, mean = stats.tokens[chunk].double(), stats.mean[chunk].double()
-    seen = (tokens + lean * count).clamp_min(torch.finfo(torch.float64).tiny)
-    mean = (tokens.unsqueeze(1) * mean + lean * total) / seen.unsqueeze(1)
-    second = (stats.second_moment[chunk].double() + lean * moment) / seen[:, None, None]
+    seen = (tokens + shrinkage * count).clamp_min(torch.finfo(torch.float64).tiny)
+    mean = (tokens.unsqueeze(1) * mean + shrinkage * total) / seen.unsqueeze(1)
+    second = (stats.second_moment[chunk].double() + shrinkage * moment) / seen[:, None, None]
     return InputMoments(mean.float(), (second - mean.unsqueeze(2) * mean.unsqueeze(1)).float())
 
 

@@ -20,7 +20,7 @@ from moebius.methods.linear import packed_linears, plan_linear
 from moebius.methods.router import plan_router
 from moebius.models.load import skeleton
 from moebius.recipe import CalibrationSettings, Recipe
-from moebius.types import PROJECTIONS, MoeLayer, MoeModel
+from moebius.types import PROJECTIONS, CalibrationNeeds, MoeLayer, MoeModel
 
 _FLOAT32 = 4  # bytes
 _BATCH = 8  # windows per forward pass of the calibration
@@ -173,14 +173,11 @@ def _size_after(moe: MoeModel, before: ModelSize, recipe: Recipe) -> ModelSize:
 
 
 def _peak_memory(moe: MoeModel, recipe: Recipe, calibration: CalibrationSettings, top_k: int | None) -> PeakMemory:
-    needs = METHODS[recipe.method].most_needed(recipe)
     binary_router = recipe.router == "binary"
-    if binary_router and needs == "nothing":
-        needs = "inputs"
-    looks, gradients = needs != "nothing", needs in ("loss_weighted", "gradients")
-    # A survey looks at gradients, but not at second moments that they weigh.
-    weighs = METHODS[recipe.method].survey is None or METHODS[recipe.method].needs(recipe) == "loss_weighted"
-    groups = dict(recipe.options).get("glas_groups", 1) if gradients and weighs else 0
+    needs = METHODS[recipe.method].all_needs(recipe) | CalibrationNeeds(router_moment=binary_router)
+    looks, gradients = needs.anything, needs.gradients
+    # Tokens that are weighed by the loss take sums of their own beside the others, as a group of GLAS does.
+    groups = max(needs.glas_groups, int(needs.loss_weighted))
     shapes = [[_shape(layer, projection) for projection in PROJECTIONS] for layer in moe.moe_layers]
     tokens = calibration.windows * calibration.window_length
     rows = min(calibration.windows, _BATCH) * calibration.window_length * (top_k or 1)
@@ -209,7 +206,7 @@ def _workspace(shape: tuple[int, int, int], hessians: bool) -> int:
 
 
 def _statistics(shape: tuple[int, int, int], groups: int) -> int:
-    """Bytes of the sums of one projection; ``groups`` 0: without gradients."""
+    """Bytes of the sums of one projection, with so many sums beside the second moments."""
     experts, outputs, inputs = shape
     squares = experts * inputs * inputs * (1 + groups)
     vectors = experts * (inputs + (outputs if groups else 0))

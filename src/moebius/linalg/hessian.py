@@ -1,4 +1,4 @@
-"""Hessians that can be inverted: leaning on the layer, damping, and the Cholesky factor that error feedback needs.
+"""Hessians that can be inverted: shrinkage towards the layer, damping, and the Cholesky factor that error feedback needs.
 
 Batches are factored one Hessian at a time: what that takes in between stays in the cache, and its memory is used again.
 """
@@ -19,7 +19,7 @@ def layer_mean(moments: Tensor) -> Tensor:
     return total / len(moments)
 
 
-def conditioned(moments: Tensor, *, lean: float, damping: float, layer: Tensor | None = None) -> Tensor:
+def conditioned(moments: Tensor, *, shrinkage: float, damping: float, layer: Tensor | None = None) -> Tensor:
     """Hessians of experts that may have seen few tokens, made positive definite.
 
     An expert seen by fewer tokens than it has inputs has a singular Hessian, and one seen by none has nothing at all. Each
@@ -27,7 +27,7 @@ def conditioned(moments: Tensor, *, lean: float, damping: float, layer: Tensor |
 
     Args:
         moments: (experts, ..., in, in) sums of outer products.
-        lean: ρ, relative to the mean trace of the layer's experts.
+        shrinkage: ρ, relative to the mean trace of the layer's experts.
         damping: share of each Hessian's mean diagonal added to its diagonal; at least 1e-4.
         layer: (..., in, in) mean over all experts of the layer, where ``moments`` holds some of them only.
 
@@ -36,7 +36,7 @@ def conditioned(moments: Tensor, *, lean: float, damping: float, layer: Tensor |
     """
     layer = (layer_mean(moments) if layer is None else layer).to(moments.dtype).unsqueeze(0)
     layer_diagonal = layer.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)  # (1, ..., 1)
-    hessians = torch.add(moments, layer, alpha=lean)
+    hessians = torch.add(moments, layer, alpha=shrinkage)
     diagonal = hessians.diagonal(dim1=-2, dim2=-1)
     # Moments are gathered in float32: with less damping than this their rounding errors can make a Hessian indefinite.
     damping = max(damping, 1e-4)

@@ -11,7 +11,7 @@ from moebius.formats.base import Packed, concatenate
 from moebius.formats.projection import PackedProjection
 from moebius.options import MethodOptions
 from moebius.recipe import Recipe
-from moebius.types import ProjectionStats
+from moebius.types import CalibrationNeeds, ProjectionStats
 
 # Hessians and their factors take a handful of float32 copies of (experts, in, in); this bounds one of them.
 _CHUNK_BYTES = 1 << 27
@@ -35,7 +35,7 @@ class Survey:
 
     survey: Callable[[Tensor, ProjectionStats, Recipe, str], dict[str, Tensor]]
     allocate: Callable[[Sequence[Mapping[str, Tensor]], Recipe], list[dict[str, Tensor]]]
-    needs: Callable[[Recipe], str]
+    needs: Callable[[Recipe], CalibrationNeeds]
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,11 @@ class Method:
     Attributes:
         summary: what it is, in a few words.
         options: what it reads of a recipe, and the bits it has.
-        quantize: from weights (experts, out, in) of any float type, statistics (None where ``needs`` says "nothing"), recipe
+        quantize: from weights (experts, out, in) of any float type, statistics (None where nothing is needed), recipe
             and projection (``"gate_up"`` or ``"down"``) to what is stored.
         plan: from the shape (experts, out, in), recipe and projection to what ``quantize`` would return, with tensors on the
             meta device.
-        needs: what a recipe wants of calibration: ``"nothing"``, ``"inputs"``, ``"loss_weighted"`` (inputs weighed by how
-            much the loss depends on their outputs) or ``"gradients"``.
+        needs: what a recipe wants of calibration.
         left_factor: the shared left factor ``A`` (out, rank) of these weights where the expert factors sit behind one, so
             that calibration can gather ``Aᵀδ``; None elsewhere.
         survey: for methods that survey the whole model first. Their ``quantize`` takes ``seen``, what was remembered of
@@ -61,14 +60,14 @@ class Method:
     options: MethodOptions
     quantize: Callable[..., PackedProjection]
     plan: Callable[[tuple[int, int, int], Recipe, str], PackedProjection]
-    needs: Callable[[Recipe], str]
+    needs: Callable[[Recipe], CalibrationNeeds]
     left_factor: Callable[[Tensor, Recipe, str], Tensor | None] = no_left_factor
     survey: Survey | None = None
 
-    def most_needed(self, recipe: Recipe) -> str:
-        """What calibration must gather at its most demanding: one of the words of ``needs``."""
-        wants = [self.needs(recipe), *([self.survey.needs(recipe)] if self.survey else [])]
-        return max(wants, key=("nothing", "inputs", "loss_weighted", "gradients").index)
+    def all_needs(self, recipe: Recipe) -> CalibrationNeeds:
+        """What calibration must gather for the survey and for quantization together."""
+        own = self.needs(recipe)
+        return own if self.survey is None else own | self.survey.needs(recipe)
 
 
 def in_chunks(experts: int, inputs: int, quantize: Callable[[slice], Packed]) -> Packed:

@@ -22,7 +22,7 @@ from moebius.quantize.grouped_signs import grouped_planes
 from moebius.quantize.integers import whole_rows
 from moebius.quantize.saliency import column_saliency, salient_columns, salient_count
 from moebius.recipe import Recipe
-from moebius.types import ProjectionStats
+from moebius.types import CalibrationNeeds, ProjectionStats
 
 
 def quantize(weight: Tensor, stats: ProjectionStats | None, recipe: Recipe, projection: str) -> PackedProjection:
@@ -37,7 +37,7 @@ def quantize_grouped(
     assert stats is not None
     experts, _, inputs = weight.shape
     block = whole_rows(recipe.group_size, inputs)
-    condition = {"lean": recipe.shrinkage, "damping": recipe.damping}
+    condition = {"shrinkage": recipe.shrinkage, "damping": recipe.damping}
     layer = layer_mean(stats.second_moment)
     weighted = stats.weighted_moment if recipe.glas else None
     weighted_layer = None if weighted is None else layer_mean(weighted)
@@ -81,9 +81,9 @@ def plan_grouped(shape: tuple[int, int, int], recipe: Recipe, *, column_scaled: 
     return PackedProjection(empty_like_spec(GroupedSigns(*shape, block, salient_block, salient, column_scaled).spec()))
 
 
-def needs(recipe: Recipe) -> str:
+def needs(recipe: Recipe) -> CalibrationNeeds:
     """The gradient of the global loss for GLAS, else the inputs."""
-    return "gradients" if recipe.glas else "inputs"
+    return CalibrationNeeds(inputs=True, glas_groups=recipe.glas_groups if recipe.glas else 0)
 
 
 _NULL_SPACE = tuple(off(option) if option is NGES else option for option in NULL_SPACE)

@@ -22,7 +22,7 @@ from moebius.options import MethodOptions, Option
 from moebius.quantize.integers import whole_rows
 from moebius.quantize.spectral import distortions, round_directions
 from moebius.recipe import Recipe
-from moebius.types import ProjectionStats
+from moebius.types import CalibrationNeeds, ProjectionStats
 
 _SIDE = {"gate_up": "input", "down": "output"}  # where a projection meets the hidden state, which the experts share
 _PART = {"input": "right", "output": "left"}
@@ -69,9 +69,9 @@ def plan(shape: tuple[int, int, int], recipe: Recipe, projection: str) -> Packed
     return PackedProjection(empty_like_spec(_skeleton(shape, recipe, projection).spec()), **{_PART[side]: shared})
 
 
-def needs(recipe: Recipe) -> str:
+def needs(recipe: Recipe) -> CalibrationNeeds:
     """The energy of what each expert takes in."""
-    return "inputs"
+    return CalibrationNeeds(inputs=True)
 
 
 def _skeleton(shape: tuple[int, int, int], recipe: Recipe, projection: str) -> Spectral:
@@ -124,7 +124,7 @@ def _gains(factors: Tensor, values: Tensor, basis: JointBasis, stats: Projection
 
 
 def _moments(stats: ProjectionStats, layer: Tensor, chunk: slice, recipe: Recipe) -> Tensor:
-    return conditioned(stats.second_moment[chunk], lean=recipe.shrinkage, damping=recipe.damping, layer=layer)
+    return conditioned(stats.second_moment[chunk], shrinkage=recipe.shrinkage, damping=recipe.damping, layer=layer)
 
 
 ALLOCATION = Option("allocation", "lagrangian", "solver that spreads bits over directions", ("lagrangian", "ilp"))

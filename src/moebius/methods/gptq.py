@@ -14,7 +14,7 @@ from moebius.methods.rtn import plan
 from moebius.options import MethodOptions
 from moebius.quantize.integers import round_with_feedback, whole_rows
 from moebius.recipe import Recipe
-from moebius.types import ProjectionStats
+from moebius.types import CalibrationNeeds, ProjectionStats
 
 
 def quantize(weight: Tensor, stats: ProjectionStats | None, recipe: Recipe, projection: str) -> PackedProjection:
@@ -25,7 +25,7 @@ def quantize(weight: Tensor, stats: ProjectionStats | None, recipe: Recipe, proj
 
     def round_some(chunk: slice) -> Packed:
         some = weight[chunk].float()
-        hessians = conditioned(stats.second_moment[chunk], lean=recipe.shrinkage, damping=recipe.damping, layer=layer)
+        hessians = conditioned(stats.second_moment[chunk], shrinkage=recipe.shrinkage, damping=recipe.damping, layer=layer)
         group_size = whole_rows(recipe.group_size, inputs)
         codes = round_with_feedback(some, feedback_factor(hessians), int(recipe.bits), group_size, recipe.block_size)
         if recipe.gain:
@@ -35,9 +35,9 @@ def quantize(weight: Tensor, stats: ProjectionStats | None, recipe: Recipe, proj
     return PackedProjection(in_chunks(experts, inputs, round_some))
 
 
-def needs(recipe: Recipe) -> str:
+def needs(recipe: Recipe) -> CalibrationNeeds:
     """The Hessian of the layer's own error."""
-    return "inputs"
+    return CalibrationNeeds(inputs=True)
 
 
 OPTIONS = MethodOptions((INTEGER_GROUP_SIZE, BLOCK_SIZE, *CONDITIONING), default_bits=2, low=1, high=8)

@@ -23,7 +23,7 @@ from moebius.methods.options import CONDITIONING, ERROR_FEEDBACK, off
 from moebius.options import MethodOptions, Option
 from moebius.quantize.codebook import code_bits, quantize_vectors
 from moebius.recipe import Recipe
-from moebius.types import ProjectionStats
+from moebius.types import CalibrationNeeds, ProjectionStats
 
 VECTOR_LENGTH = 4
 _ITERATIONS = 100
@@ -66,10 +66,10 @@ def plan(shape: tuple[int, int, int], recipe: Recipe, projection: str) -> Packed
     return PackedProjection(empty_like_spec(factor.spec()), bias=None if bias is None else empty_like_spec(bias.spec()))
 
 
-def needs(recipe: Recipe) -> str:
+def needs(recipe: Recipe) -> CalibrationNeeds:
     """Plain k-means looks at weights alone; KLT, error feedback and corrections look at inputs."""
     looks = recipe.error_feedback or recipe.gain or recipe.bcos != "off" or (recipe.idre and recipe.klt)
-    return "inputs" if looks else "nothing"
+    return CalibrationNeeds(inputs=looks)
 
 
 def _rank(inputs: int, recipe: Recipe) -> int:
@@ -78,7 +78,7 @@ def _rank(inputs: int, recipe: Recipe) -> int:
 
 def _hessians(stats: ProjectionStats | None, layer: Tensor | None, chunk: slice, recipe: Recipe) -> Tensor:
     assert stats is not None
-    return conditioned(stats.second_moment[chunk], lean=recipe.shrinkage, damping=recipe.damping, layer=layer)
+    return conditioned(stats.second_moment[chunk], shrinkage=recipe.shrinkage, damping=recipe.damping, layer=layer)
 
 
 def _corrections(
@@ -94,7 +94,7 @@ def _corrections(
         if recipe.gain:
             scales[chunk] = row_gain(some, got, _hessians(stats, layer, chunk, recipe).float())
         if recipe.bcos != "off":
-            inputs = input_moments(stats, chunk, average, lean=recipe.shrinkage)
+            inputs = input_moments(stats, chunk, average, shrinkage=recipe.shrinkage)
             scale, biases[chunk] = channel_correction(some, scales[chunk].unsqueeze(2) * got, inputs, recipe.bcos)
             scales[chunk] *= scale
     return (

@@ -31,7 +31,7 @@ from moebius.quantize.binary import SignPlanes, mixed_order
 from moebius.quantize.feedback import mixed_order_with_feedback
 from moebius.quantize.saliency import column_saliency, salient_columns, salient_count
 from moebius.recipe import Recipe
-from moebius.types import ProjectionStats
+from moebius.types import CalibrationNeeds, ProjectionStats
 
 _PART = {"output": "left", "input": "right"}
 
@@ -78,9 +78,9 @@ def plan(shape: tuple[int, int, int], recipe: Recipe, projection: str) -> Packed
     return PackedProjection(empty_like_spec(factor.spec()), **shared)
 
 
-def needs(recipe: Recipe) -> str:
+def needs(recipe: Recipe) -> CalibrationNeeds:
     """The gradient of the global loss for GLAS; error feedback, null spaces and gains look at inputs."""
-    return "gradients" if recipe.glas else "inputs"
+    return CalibrationNeeds(inputs=True, glas_groups=recipe.glas_groups if recipe.glas else 0)
 
 
 def left_factor(weight: Tensor, recipe: Recipe, projection: str) -> Tensor | None:
@@ -118,7 +118,7 @@ class _Moments:
     def conditioned(self, chunk: slice) -> Tensor:
         """See :func:`moebius.linalg.hessian.conditioned`."""
         recipe = self.recipe
-        return conditioned(self.raw(chunk), lean=recipe.shrinkage, damping=recipe.damping, layer=self.layer)
+        return conditioned(self.raw(chunk), shrinkage=recipe.shrinkage, damping=recipe.damping, layer=self.layer)
 
     def _turn(self, moments: Tensor) -> Tensor:
         if self.right is None:

@@ -26,7 +26,7 @@ from moebius.methods.options import BLOCK_SIZE, CONDITIONING, GAIN
 from moebius.options import MethodOptions, Option
 from moebius.quantize.planes import PlaneLevels, over_directions, over_entries
 from moebius.recipe import Recipe
-from moebius.types import ProjectionStats
+from moebius.types import CalibrationNeeds, ProjectionStats
 
 _GRADES = (8, 6, 5, 4, 3)
 _SIDES = {"gate_up": "input", "down": "output"}
@@ -172,7 +172,7 @@ class _Packer:
 
     def _conditioned(self, some: Tensor | slice) -> Tensor:
         recipe = self.recipe
-        return conditioned(self.moments[some], lean=recipe.shrinkage, damping=recipe.damping, layer=self.layer)
+        return conditioned(self.moments[some], shrinkage=recipe.shrinkage, damping=recipe.damping, layer=self.layer)
 
 
 def plan(shape: tuple[int, int, int], recipe: Recipe, projection: str) -> PackedProjection:
@@ -194,14 +194,14 @@ def plan(shape: tuple[int, int, int], recipe: Recipe, projection: str) -> Packed
     return PackedProjection(factor, **{"right" if side == "input" else "left": basis})
 
 
-def needs(recipe: Recipe) -> str:
+def needs(recipe: Recipe) -> CalibrationNeeds:
     """Second moments, once the budget is shared out."""
-    return "loss_weighted" if recipe.loss_weighted else "inputs"
+    return CalibrationNeeds(inputs=True, loss_weighted=recipe.loss_weighted)
 
 
-def survey_needs(recipe: Recipe) -> str:
+def survey_needs(recipe: Recipe) -> CalibrationNeeds:
     """The gradient of the global loss is the exchange rate between experts and layers."""
-    return "gradients"
+    return CalibrationNeeds(inputs=True, output_fisher=True)
 
 
 def _choices(recipe: Recipe) -> dict[str, Any]:

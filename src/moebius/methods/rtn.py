@@ -14,7 +14,7 @@ from moebius.methods.options import CONDITIONING, INTEGER_GROUP_SIZE
 from moebius.options import MethodOptions
 from moebius.quantize.integers import round_to_nearest, whole_rows
 from moebius.recipe import Recipe
-from moebius.types import ProjectionStats
+from moebius.types import CalibrationNeeds, ProjectionStats
 
 
 def quantize(weight: Tensor, stats: ProjectionStats | None, recipe: Recipe, projection: str) -> PackedProjection:
@@ -27,7 +27,7 @@ def quantize(weight: Tensor, stats: ProjectionStats | None, recipe: Recipe, proj
         codes = round_to_nearest(some, int(recipe.bits), whole_rows(recipe.group_size, inputs))
         if recipe.gain:
             assert stats is not None
-            moments = conditioned(stats.second_moment[chunk], lean=recipe.shrinkage, damping=recipe.damping, layer=layer)
+            moments = conditioned(stats.second_moment[chunk], shrinkage=recipe.shrinkage, damping=recipe.damping, layer=layer)
             codes = codes.scaled(row_gain(some, codes.matrix(), moments))
         return codes.pack()
 
@@ -40,9 +40,9 @@ def plan(shape: tuple[int, int, int], recipe: Recipe, projection: str) -> Packed
     return PackedProjection(empty_like_spec(Integers(*shape, int(recipe.bits), group_size, recipe.bits > 1).spec()))
 
 
-def needs(recipe: Recipe) -> str:
+def needs(recipe: Recipe) -> CalibrationNeeds:
     """Only the gain looks at inputs."""
-    return "inputs" if recipe.gain else "nothing"
+    return CalibrationNeeds(inputs=recipe.gain)
 
 
 OPTIONS = MethodOptions((INTEGER_GROUP_SIZE, *CONDITIONING), default_bits=2, low=1, high=8)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from moebius.calibrate.layerwise import STATES_IN_MEMORY, states_bytes
-from moebius.calibrate.stream import StatisticsRequest, stream_statistics
+from moebius.calibrate.stream import stream_statistics
 from moebius.calibrate.tokens import calibration_windows, windows_digest
 from moebius.checkpoint.manifest import FORMAT_VERSION
 from moebius.checkpoint.names import expert_tensor_names
@@ -33,7 +33,7 @@ from moebius.models.load import check_coverage, load_moe_model, skeleton
 from moebius.pipeline.refine import refine
 from moebius.progress import Progress, Silent
 from moebius.recipe import CalibrationSettings, Recipe
-from moebius.types import PROJECTIONS, ExpertWeights, LayerStats, MoeLayer, MoeModel
+from moebius.types import PROJECTIONS, CalibrationNeeds, ExpertWeights, LayerStats, MoeLayer, MoeModel
 
 REPORT_NAME = "moebius_report.json"
 
@@ -142,7 +142,7 @@ def _checked_early(
         for projection, shape in zip(PROJECTIONS, shapes, strict=True):
             bits += job.planned_bits((layout.experts, *shape), projection)
     windows = None
-    if job.needs != "nothing" or job.method.survey is not None:
+    if job.needs.anything or job.method.survey is not None:
         windows = _windows(checkpoint.folder, calibration, moe)
         tell_of_positions(moe.model.config, windows.shape[1])
     rest = sum(tensor.end - tensor.begin for name, tensor in checkpoint.tensors.items() if name not in replaced)
@@ -165,7 +165,7 @@ class _Job:
         self.moe, self.recipe, self.device = moe, recipe, device
         self.method: Method = METHODS[recipe.method]
         self.binary_router = recipe.router == "binary"
-        self.needs = "inputs" if self.binary_router and self.method.needs(recipe) == "nothing" else self.method.needs(recipe)
+        self.needs = self.method.needs(recipe) | CalibrationNeeds(router_moment=self.binary_router)
         self.refines: bool = dict(recipe.options).get("refine", False)
         self._shares: dict[tuple[str, str], dict[str, Any]] = {}
         self._planned: dict[tuple[tuple[int, int, int], str], int] = {}
@@ -182,10 +182,9 @@ class _Job:
         assert survey is not None
         layers = {layer.name: layer for layer in self.moe.moe_layers}
         seen = [name for name in layers if all(writer.kept(f"{name}.{projection}") is not None for projection in PROJECTIONS)]
-        gradients = survey.needs(self.recipe) == "gradients"
-        request = StatisticsRequest(gradients, output_fisher=gradients, weighted_moments=False)
-        work = self._work(windows, request.gradients, writer.work.scratch)
-        for stats in stream_statistics(self.moe, windows, request, skip=seen, work=work, progress=progress):
+        needs = survey.needs(self.recipe)
+        work = self._work(windows, needs.gradients, writer.work.scratch)
+        for stats in stream_statistics(self.moe, windows, needs, skip=seen, work=work, progress=progress):
             layer = layers[stats.name]
             weights = read_weights(layer.name, layer.experts)
             for projection in PROJECTIONS:
@@ -212,9 +211,11 @@ class _Job:
                     yield layer.name, *self._pack_layer(layer, None)
                 progress.advance(layer.name)
         else:
-            request = self._request()
-            work = self._work(windows, request.gradients, scratch)
-            for stats in stream_statistics(self.moe, windows, request, skip=finished, work=work, progress=progress):
+            left = self._left_factors if self.needs.glas_groups else None
+            work = self._work(windows, self.needs.gradients, scratch)
+            for stats in stream_statistics(
+                self.moe, windows, self.needs, left_factors=left, skip=finished, work=work, progress=progress
+            ):
                 name, (packed_layer, entry) = stats.name, self._pack_layer(layers[stats.name], stats)
                 del stats  # one layer's statistics in memory, not two
                 yield name, packed_layer, entry
@@ -256,17 +257,6 @@ class _Job:
     def unit_names(self) -> list[str]:
         """Every unit, in the order of the report."""
         return [layer.name for layer in self.moe.moe_layers] + list(packed_linears(self.moe, self.recipe))
-
-    def _request(self) -> StatisticsRequest:
-        gradients, weighted = self.needs == "gradients", self.needs == "loss_weighted"
-        return StatisticsRequest(
-            gradients=gradients or weighted,
-            glas_groups=dict(self.recipe.options).get("glas_groups", 1),
-            left_factors=self._left_factors if gradients else None,
-            router_moment=self.binary_router,
-            weighted_moments=gradients,
-            by_loss=weighted,
-        )
 
     def _left_factors(self, weights: ExpertWeights) -> dict[str, Tensor]:
         factors = {p: self.method.left_factor(weights.projection(p), self.recipe, p) for p in PROJECTIONS}
