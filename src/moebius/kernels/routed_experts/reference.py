@@ -50,7 +50,9 @@ def routed_experts(
     largest = max(p.factor.rows * p.factor.columns for p in (gate_up, down))
     most = min(gate_up.factor.batch, max(1, _UNPACKED_WEIGHTS // largest))
     # Gradients want all matrices once more, and then each has to have memory of its own.
-    buffer = None if torch.is_grad_enabled() else inputs.new_empty(most * largest)
+    given = (hidden, top_k_weights, gate_up_bias, down_bias)
+    wanted = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given)
+    buffer = None if wanted else inputs.new_empty(most * largest)
     for experts, members, valid in _groups(slots, gate_up.factor.batch, most):
         chosen = members[valid]
         states = torch.bmm(inputs[members // top_k], _unpacked(gate_up.factor, experts, buffer).mT)[valid]
