@@ -157,3 +157,22 @@ print(memory.PeakMemory().bytes() / psutil.Process().memory_info().rss)
     # Here the system counts in kilobytes, whatever the platform is called.
     # A process inherits the peak of the one it was forked from.
     assert 0.5 < ratio * (1024 if system == "darwin" else 1) < 400
+
+
+def test_what_a_run_left_that_was_killed_after_publishing_goes_away(strict: Path, tmp_path: Path) -> None:
+    quantizing = ("quantize", strict, "--method", "rtn", "--bits", "8", "--quiet", "--out", tmp_path / "out")
+    assert command(*quantizing).returncode == 0
+    left = tmp_path / ".out.partial"
+    left.mkdir()
+    (left / "run.json").write_text("{}")
+    got = command(*quantizing)
+    assert got.returncode == 2 and b"not empty" in got.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("out", [".", "~/deep"])
+def test_comparisons_into_outputs_as_shells_write_them(out: str, strict: Path, tmp_path: Path) -> None:
+    small = ("--windows", "2", "--window-length", "32", "--text-windows", "2", "--quiet")
+    got = command("compare", strict, "-r", "rtn@4", f"--out={out}", *small, cwd=tmp_path, env={"HOME": str(tmp_path)})
+    assert got.returncode == 0, got.stderr
+    assert (tmp_path / out.removeprefix("~/") / "comparison.png").is_file()

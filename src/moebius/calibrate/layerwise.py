@@ -229,3 +229,12 @@ def replaced_forwards(forwards: dict[nn.Module, Any]) -> Iterator[None]:
                 vars(module).pop("forward", None)
             else:
                 module.forward = forward
+
+
+@contextmanager
+def removed(handle: Any) -> Iterator[None]:
+    """Within the context, a hook is there; then it is removed."""
+    try:
+        yield
+    finally:
+        handle.remove()

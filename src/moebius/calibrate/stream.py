@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from moebius.calibrate.accumulate import ProjectionSums
-from moebius.calibrate.layerwise import HiddenStates, LayerRunner, calibrating, hidden_states, in_float32
+from moebius.calibrate.layerwise import HiddenStates, LayerRunner, calibrating, hidden_states, in_float32, removed
 from moebius.calibrate.observe import Observation, observed
 from moebius.errors import CalibrationError
 from moebius.progress import Progress, Silent
@@ -231,7 +231,7 @@ def _routers_watched(sums: Sequence[_LayerSums]) -> Iterator[None]:
     with ExitStack() as stack:
         for total in sums:
             if total.router_moment is not None and total.layer.router is not None:
-                stack.enter_context(_removed(total.layer.router.register_forward_pre_hook(_adds_to(total.router_moment))))
+                stack.enter_context(removed(total.layer.router.register_forward_pre_hook(_adds_to(total.router_moment))))
         yield
 
 
@@ -241,11 +241,3 @@ def _adds_to(moment: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         moment.addmm_(rows.T, rows)
 
     return hook
-
-
-@contextmanager
-def _removed(handle: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()

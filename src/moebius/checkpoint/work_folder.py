@@ -35,11 +35,6 @@ class WorkFolder:
         self._lock: IO[bytes] | None = None
         self._run = ""
 
-    @property
-    def is_open(self) -> bool:
-        """Whether this object holds the folder."""
-        return self._lock is not None
-
     def open(self, key: Mapping[str, Any]) -> None:
         """Take the folder, and keep of it what an earlier run with the same key finished.
 

@@ -14,6 +14,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from moebius import unfinished
 from moebius.checkpoint.manifest import MANIFEST_NAME, manifest_text
 from moebius.checkpoint.reader import SourceCheckpoint
 from moebius.checkpoint.shards import INDEX_NAME, MemoryTensor, StoredTensor, byte_count, read_shard, sync_folder, write_text
@@ -67,7 +68,7 @@ class CheckpointWriter:
     def __init__(self, out: Path) -> None:
         self.out = Path(out).expanduser().resolve()
         self._stays = self.out.is_dir() and (self.out.is_mount() or self.out.samefile(Path.cwd()))
-        self.work = WorkFolder(self.out / ".partial" if self._stays else self.out.parent / f".{self.out.name}.partial")
+        self.work = WorkFolder(unfinished.inside(self.out) if self._stays else unfinished.beside(self.out))
         if self.out.exists() and not self.out.is_dir():
             raise OutputError(f"{self.out}: is a file; give a folder that does not exist or is empty")
         if self.out.is_dir() and not self._is_free():

@@ -144,7 +144,7 @@ def compare(
     candidates = chosen_recipes(recipe or [], preset, settings)
     held_out = calibration_from(text, text_windows, window_length, seed, split="held-out")
     source = model_or_reference(model)
-    require_free(out)
+    out = require_free(out)
 
     from moebius.cli.comparison_run import Comparison, WorkFolder, folder_name, run_comparison
     from moebius.evaluate.samples import PROMPTS

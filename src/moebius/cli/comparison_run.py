@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from moebius import unfinished
 from moebius.calibrate.tokens import calibration_windows
 from moebius.cli.loading import load_model, load_tokenizer
 from moebius.errors import OutputError
@@ -74,8 +75,8 @@ class WorkFolder:
     """
 
     def __init__(self, out: Path, settings: dict[str, Any]) -> None:
-        self.out = out
-        self.folder = out.parent / f".{out.name}.partial"
+        self.out = out = out.absolute()
+        self.folder = unfinished.beside(out)
         self._file = self.folder / "unfinished.json"
         self._state: dict[str, Any] = {"settings": settings, "costs": {}, "rows": {}}
         if self._file.exists():
@@ -102,11 +103,14 @@ class WorkFolder:
         return self._state["costs"][label]
 
     def finish(self) -> None:
-        """Give the folder its name."""
+        """Give the folder its name; a folder that was there, empty, stays: it may be the one that somebody stands in."""
         self._file.unlink(missing_ok=True)
-        if self.out.exists():
-            self.out.rmdir()  # it was empty when the command began
-        self.folder.rename(self.out)
+        if not self.out.exists():
+            self.folder.rename(self.out)
+            return
+        for path in self.folder.iterdir():
+            path.rename(self.out / path.name)
+        self.folder.rmdir()
 
     def _remember(self, kind: str, label: str, value: Any) -> None:
         self._state[kind][label] = value

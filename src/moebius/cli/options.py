@@ -189,16 +189,13 @@ def require_text(text: str | None) -> None:
 
 
 def require_free(out: Path) -> Path:
-    """The output folder, refused before any work if something is in it.
+    """The output folder, a home directory written as ``~`` found, refused before any work if something is in it.
 
     Raises:
         OutputError: it is a file, or a folder that is not empty.
     """
-    if (
-        out.is_dir()
-        and any(path.name != ".partial" for path in out.iterdir())
-        and not (out / ".partial" / "moving.json").exists()
-    ):
+    out = out.expanduser()
+    if out.is_dir() and any(out.iterdir()):
         raise OutputError(f"{out}: this folder is not empty; remove it or choose another with --out")
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out}: this is a file, wanted a folder; choose another with --out")

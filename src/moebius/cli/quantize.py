@@ -30,6 +30,7 @@ from moebius.cli.options import (
 )
 from moebius.cli.output import note, print_json, print_tables, progress_bars
 from moebius.recipe import DEFAULT_METHOD, CalibrationSettings, Recipe
+from moebius.unfinished import is_begun
 
 EXAMPLES = """[bold]Examples[/bold] (moebius methods NAME: what a method can be told)
 
@@ -71,9 +72,9 @@ def quantize(
     recipe = recipe_from(method, bits, [*(set_ or []), *(["refine=true"] if refine else [])], rest)
     settings = calibration_from(calibration, windows, window_length, seed, bos=bos)
     source = model_or_reference(model)
-    # As given in messages; a folder that gave way to another one is found again by its whole path.
-    folder = require_free((out or default_folder(source, recipe)).expanduser())
-    folder = folder if folder.is_absolute() or str(folder) != "." else folder.absolute()
+    folder = (out or default_folder(source, recipe)).expanduser()
+    if not is_begun(folder):  # else the run looks closer: what is there may be what an earlier one left
+        require_free(folder)
 
     from moebius.cli.loading import quiet_transformers
     from moebius.evaluate.size import packed_checkpoint_size

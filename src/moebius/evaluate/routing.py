@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, linear
 from transformers import PreTrainedModel
 
+from moebius.calibrate.layerwise import removed
 from moebius.errors import UnsupportedModelError
 from moebius.models.load import describe
 
@@ -44,8 +45,7 @@ def recorded_router_logits(model: nn.Module, routers: Mapping[str, int]) -> Iter
         UnsupportedModelError: the model has no module of that path.
     """
     logits: dict[str, Tensor] = {}
-    hooks = []
-    try:
+    with ExitStack() as stack:
         for name, experts in routers.items():
             try:
                 router = model.get_submodule(name)
@@ -53,11 +53,8 @@ def recorded_router_logits(model: nn.Module, routers: Mapping[str, int]) -> Iter
                 raise UnsupportedModelError(
                     f"{type(model).__name__}: no router {name!r}, which the reference has; wanted two models of one kind"
                 ) from None
-            hooks.append(router.register_forward_hook(_recorder(logits, name, experts)))
+            stack.enter_context(removed(router.register_forward_hook(_recorder(logits, name, experts))))
         yield logits
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager
@@ -83,8 +80,8 @@ def routed_by(model: nn.Module, source: PreTrainedModel) -> Iterator[Callable[[T
                 raise UnsupportedModelError(
                     f"{type(model).__name__}: no experts {name!r}, wanted two models of one kind"
                 ) from None
-            stack.enter_context(_removed(experts.register_forward_pre_hook(_remembers(decisions, name))))
-            stack.enter_context(_removed(others.register_forward_pre_hook(_replaces(decisions, name))))
+            stack.enter_context(removed(experts.register_forward_pre_hook(_remembers(decisions, name))))
+            stack.enter_context(removed(others.register_forward_pre_hook(_replaces(decisions, name))))
 
         def decide(ids: Tensor) -> None:
             decisions.clear()
@@ -115,14 +112,6 @@ def _decision(args: tuple[Any, ...], name: str) -> tuple[Tensor, Tensor]:
             f"{name}: got experts called with {len(args)} arguments, wanted hidden states, index and weights"
         )
     return args[1], args[2]
-
-
-@contextmanager
-def _removed(handle: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _recorder(logits: dict[str, Tensor], name: str, experts: int) -> Any:

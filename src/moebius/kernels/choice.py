@@ -7,6 +7,9 @@ import os
 from collections.abc import Callable, Sequence
 from functools import cache
 
+import torch
+from torch import Tensor
+
 from moebius.errors import KernelError
 
 #: Set to the name of a backend, it is used or an error is raised.
@@ -47,6 +50,11 @@ def choose(names: Sequence[str], refusal: Callable[[str], str | None], asked: st
             return name, f"{VARIABLE} asks for it" if asked else "; ".join(refusals) or "it is the fastest"
         refusals.append(f"{name}: {reason}")
     raise KernelError(f"{VARIABLE}={asked} cannot run this layer: {refusals[0]}; unset it to use what can")
+
+
+def wants_gradients(*tensors: Tensor | None) -> bool:
+    """Whether gradients are taken of something that was computed from these. Kernels have none: the definitions have."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 @cache

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from moebius.formats import Packed, PackedProjection
-from moebius.kernels.choice import tell_once
+from moebius.kernels.choice import tell_once, wants_gradients
 from moebius.kernels.routed_experts import prepare
 from moebius.kernels.routed_experts.reference import routed_experts
-from moebius.runtime.packed_module import PackedMixin, PackedTensors, Watched, packed_of, swap, wants_gradients
+from moebius.runtime.packed_module import PackedMixin, PackedTensors, Watched, packed_of, swap
 from moebius.types import ExpertsLayout
 
 

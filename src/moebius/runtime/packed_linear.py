@@ -12,8 +12,9 @@ from torch.nn import functional
 
 from moebius.errors import ShapeError, UnsupportedModelError
 from moebius.formats import Packed
+from moebius.kernels.choice import wants_gradients
 from moebius.kernels.packed_linear import Linear, prepare
-from moebius.runtime.packed_module import PackedMixin, Watched, move, packed_of, register, swap, wants_gradients
+from moebius.runtime.packed_module import PackedMixin, Watched, move, packed_of, register, swap
 
 
 class UnpackedWeight(Tensor):

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from moebius.formats import Packed, from_tensors
@@ -44,11 +43,6 @@ def packed_of(module: nn.Module) -> Packed:
     names: Any = module._packed_names
     spec: Any = module._packed_spec
     return from_tensors(spec, {name: getattr(module, name) for name in names})
-
-
-def wants_gradients(*tensors: Tensor | None) -> bool:
-    """Whether gradients are taken of something that was computed from these. Kernels have none: the definitions have."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 class Watched:

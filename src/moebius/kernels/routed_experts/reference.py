@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moebius.formats import Packed, PackedProjection
+from moebius.kernels.choice import wants_gradients
 
 #: Weights that are unpacked at a time: 16 MiB of float32. One expert is unpacked at least.
 _UNPACKED_WEIGHTS = 1 << 22
@@ -50,8 +51,7 @@ def routed_experts(
     largest = max(p.factor.rows * p.factor.columns for p in (gate_up, down))
     most = min(gate_up.factor.batch, max(1, _UNPACKED_WEIGHTS // largest))
     # Gradients want all matrices once more, and then each has to have memory of its own.
-    given = (hidden, top_k_weights, gate_up_bias, down_bias)
-    wanted = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given)
+    wanted = wants_gradients(hidden, top_k_weights, gate_up_bias, down_bias)
     buffer = None if wanted else inputs.new_empty(most * largest)
     for experts, members, valid in _groups(slots, gate_up.factor.batch, most):
         chosen = members[valid]
