@@ -19,7 +19,6 @@ from moebius.formats import PackedProjection
 from moebius.kernels import choice
 from moebius.kernels.routed_experts import reference
 
-
 #: Formats that every backend but the definition refuses, although checkpoints of the default method may have them.
 _WITHOUT_KERNELS = ("trellis",)
 
