@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+from tests.evaluate.task_folder import CHOICES, LINES, PAGES, write_arc, write_tasks
 from transformers import PreTrainedModel
 
 from moebius.errors import TaskError
@@ -21,9 +24,7 @@ from moebius.hf.dequantize import dequantize
 from moebius.pipeline import quantize_model
 from moebius.recipe import CalibrationSettings, Recipe
 from moebius.reference_model import reference_path
-from tests.evaluate.task_folder import CHOICES, LINES, PAGES, write_arc, write_tasks
 
-pytest.importorskip("lm_eval")
 NAMES = ("next_piece", "pages", "finish_line")
 
 
@@ -93,20 +94,51 @@ def test_a_generative_one(scores: dict[tuple[str, str], TaskScore], model: PreTr
     assert scores["finish_line", "exact_match"].value == pytest.approx(right / len(LINES))
 
 
-def test_a_packed_model_and_its_dequantized_twin_score_alike(folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A packed checkpoint, and the plain one it dequantizes to."""
     from moebius.cli.loading import load_model
 
+    folder = tmp_path_factory.mktemp("twins")
     calibration = CalibrationSettings(windows=2, window_length=64)
-    quantize_model(str(reference_path()), tmp_path / "packed", Recipe.make("rtn", 2), calibration)
+    quantize_model(str(reference_path()), folder / "packed", Recipe.make("rtn", 2), calibration)
+    dequantize(load_model(folder / "packed")).save_pretrained(folder / "plain")
+    return folder / "packed", folder / "plain"
+
+
+def assert_alike(mine: list[TaskScore], others: list[TaskScore]) -> None:
+    assert len(mine) == len(others) > 3
+    for one, other in zip(mine, others, strict=True):
+        assert (one.task, one.metric) == (other.task, other.metric)
+        assert one.value == pytest.approx(other.value, rel=2e-3), one.metric
+
+
+def test_a_packed_model_and_its_dequantized_twin_score_alike(folder: Path, tokenizer: Any, twins: tuple[Path, Path]) -> None:
+    from moebius.cli.loading import load_model
+
     loaded = load_tasks(NAMES, folder)
-    packed = load_model(tmp_path / "packed")
-    of_packed = evaluate_tasks(packed, tokenizer, loaded, quiet=True)
-    dequantize(packed).save_pretrained(tmp_path / "plain")
-    of_plain = evaluate_tasks(load_model(tmp_path / "plain"), tokenizer, load_tasks(NAMES, folder), quiet=True)
-    assert len(of_packed) == len(of_plain) > 3
-    for mine, other in zip(of_packed, of_plain, strict=True):
-        assert (mine.task, mine.metric) == (other.task, other.metric)
-        assert mine.value == pytest.approx(other.value, rel=2e-3), mine.metric
+    packed, plain = (evaluate_tasks(load_model(twin), tokenizer, loaded, quiet=True) for twin in twins)
+    assert_alike(packed, plain)
+
+
+def test_the_plain_command_of_lm_eval_scores_a_packed_checkpoint_as_its_dequantized_twin(
+    folder: Path, tokenizer: Any, twins: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Nothing of this package is named or imported: the start-up hook opens the checkpoint."""
+    from moebius.cli.loading import load_model
+
+    packed, plain = twins
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu", "--batch_size", "1"]
+    command += ["--model_args", f"pretrained={packed},dtype=float32", "--tasks", ",".join(NAMES)]
+    command += ["--include_path", ".", "--output_path", str(tmp_path)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (results,) = tmp_path.rglob("results_*.json")
+    of_command = json.loads(results.read_text())["results"]
+    expected = evaluate_tasks(load_model(plain), tokenizer, load_tasks(NAMES, folder), quiet=True)
+    assert len(expected) > 3
+    for score in expected:
+        assert of_command[score.task][f"{score.metric},{score.filter}"] == pytest.approx(score.value, rel=2e-3), score
 
 
 def test_a_task_of_lm_eval_reads_the_copy_of_its_data_set(model: PreTrainedModel, tokenizer: Any, tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ def evaluate_tasks(
     # Outside of a clone of lm-eval, asking git for its commit prints an error.
     unasked = mock.patch.object(evaluator, "get_git_commit_hash", lambda: None)
     with _hushed(), hidden, unasked, _code_allowed(loaded.runs_code):
-        language_model = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)  # type: ignore[arg-type]
+        language_model = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
         try:
             found = evaluator.simple_evaluate(
                 model=language_model,
