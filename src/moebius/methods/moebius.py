@@ -328,7 +328,7 @@ CODES = Option(
 RECOVER = Option(
     "recover", False, "train layer after layer, so that each puts out what the original does: less memory than refine"
 )
-RECOVER_STEPS = Option("recover_steps", 100, "steps of that for each layer, of four calibration windows", low=1, high=1_000_000)
+RECOVER_STEPS = Option("recover_steps", 48, "steps of that for each layer, of four calibration windows", low=1, high=1_000_000)
 RECOVER_MINUTES = Option("recover_minutes", 0.0, "minutes of that for all layers, if it would take longer; 0: no limit", low=0)
 RECOVER_SIGNS = Option("recover_signs", True, "train signs there too, not scales and bases alone")
 REFINE = Option("refine", False, "train scales and bases afterwards, so that the logits become the original's")
