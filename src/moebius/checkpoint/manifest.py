@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moebius.checkpoint.routing import check_routing
 from moebius.checkpoint.shards import DTYPE_NAMES, StoredTensor, read_folder, write_text
 from moebius.errors import CheckpointError
-from moebius.formats.base import empty_like_spec
-from moebius.formats.projection import empty_projection
+from moebius.formats.base import empty_like_spec, from_tensors
+from moebius.formats.projection import empty_projection, projection_from_tensors
 
 MANIFEST_NAME = "moebius_manifest.json"
 FORMAT_VERSION = 1
@@ -35,7 +36,8 @@ def verify(folder: Path, *, hashes: bool = False) -> int:
 
     Args:
         folder: the checkpoint.
-        hashes: also read every tensor and compare its sha256; without, only the headers of the files are read.
+        hashes: also read every tensor, compare its sha256, and check what its values say; without, only the headers of the
+            files are read.
 
     Returns:
         How many tensors there are.
@@ -52,7 +54,12 @@ def verify(folder: Path, *, hashes: bool = False) -> int:
     if quantization.get("quant_method") != "moebius":
         raise CheckpointError(f"{folder}: got a checkpoint that Moebius did not pack; wanted one with quant_method 'moebius'")
     check_version(quantization.get("format_version"), str(folder / "config.json"))
-    return verify_modules(folder, folder / MANIFEST_NAME, quantization.get("modules") or {}, hashes=hashes)
+    modules = quantization.get("modules") or {}
+    tensors = verify_modules(folder, folder / MANIFEST_NAME, modules, hashes=hashes)
+    check_routing(config, modules, folder / "config.json")
+    if hashes:
+        check_contents(read_folder(folder), modules)
+    return tensors
 
 
 def verify_modules(folder: Path, manifest: Path, modules: Mapping[str, Any], *, hashes: bool = False) -> int:
@@ -76,6 +83,21 @@ def verify_modules(folder: Path, manifest: Path, modules: Mapping[str, Any], *, 
             if tensor.sha256() != wanted[name]["sha256"]:
                 raise CheckpointError(f"{name}: the bytes in {tensor.file} are not those that were written; fetch it again")
     return len(got)
+
+
+def check_contents(stored: Mapping[str, StoredTensor], modules: Mapping[str, Any]) -> None:
+    """Read what was packed, a module at a time, and refuse values that no load would accept: see :meth:`Packed.check`.
+
+    Args:
+        stored: every tensor of the checkpoint; shapes and dtypes have been checked.
+        modules: of the ``quantization_config``.
+
+    Raises:
+        CheckpointError: names the tensor.
+    """
+    for module, spec in modules.items():
+        own = {name.removeprefix(f"{module}."): stored[name].load() for name in expected_tensors(module, spec)}
+        (projection_from_tensors(spec, own) if "factor" in spec else from_tensors(spec, own)).check(module)
 
 
 def expected_tensors(module: str, spec: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -13,7 +13,8 @@ from transformers import PretrainedConfig
 
 from moebius.calibrate.layerwise import STATES_IN_MEMORY, states_bytes
 from moebius.checkpoint.reader import SourceCheckpoint
-from moebius.evaluate.size import ModelSize, ModuleSize, experts_per_token, file_bytes, folder_bytes, packed_module
+from moebius.checkpoint.routing import experts_per_token
+from moebius.evaluate.size import ModelSize, ModuleSize, file_bytes, folder_bytes, packed_module
 from moebius.formats import Packed, PackedProjection
 from moebius.methods import METHODS
 from moebius.methods.linear import packed_linears, plan_linear

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moebius.checkpoint.routing import check_routing, experts_per_token
 from moebius.checkpoint.shards import StoredTensor, read_folder
 from moebius.errors import CheckpointError
 from moebius.formats import Packed, PackedProjection
 from moebius.formats.base import empty_like_spec
 from moebius.formats.projection import empty_projection
-
-_TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts", "experts_per_token")
 
 
 @dataclass(frozen=True)
@@ -184,6 +183,7 @@ def packed_checkpoint_size(folder: Path) -> ModelSize:
             raise CheckpointError(f"{name}: the files hold {in_files} bits, wanted {module.stored_bits} as the config says")
         claimed |= names
         modules.append(module)
+    check_routing(config, quantization["modules"], folder / "config.json")
     rest = [tensor for name, tensor in stored.items() if name not in claimed]
     return ModelSize(
         modules=tuple(modules),
@@ -217,16 +217,3 @@ def is_packed(folder: Path) -> bool:
 
 def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config.get("quantization_config") or {}
-
-
-def experts_per_token(config: Mapping[str, Any]) -> int | None:
-    """Top-k of a model, by whichever name its config.json uses; None if by none that is known."""
-    for part in (config, *_nested(config.values())):
-        for name in _TOP_K_NAMES:
-            if isinstance(part.get(name), int):
-                return part[name]
-    return None
-
-
-def _nested(values: Iterable[Any]) -> Iterable[Mapping[str, Any]]:
-    return (v for v in values if isinstance(v, Mapping))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moebius.errors import ShapeError
-from moebius.formats.base import Packed, empty_like_spec, from_tensors
+from moebius.formats.base import DAMAGED, Packed, empty_like_spec, from_tensors
 
 _PARTS = ("factor", "left", "right", "bias")
 
@@ -92,14 +92,14 @@ class PackedProjection:
             shape = f"{factor.rows} x {factor.columns}"
             raise ShapeError(f"factor: got {shape}, wanted at most four times the larger side of matrices of {out} x {inputs}")
 
-    def check(self, where: str) -> None:
+    def check(self, where: str, advice: str = DAMAGED) -> None:
         """See :meth:`Packed.check`."""
         try:
             self.check_numbers()
         except ShapeError as error:
-            raise ShapeError(f"{where}: {error}") from None
+            raise ShapeError(f"{where}: {error}; {advice}") from None
         for part, packed in self.parts().items():
-            packed.check(f"{where}.{part}")
+            packed.check(f"{where}.{part}", advice)
 
 
 def projection_from_tensors(spec: dict[str, Any], tensors: dict[str, Tensor]) -> PackedProjection:

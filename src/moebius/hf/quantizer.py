@@ -14,6 +14,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 
 from moebius.checkpoint.manifest import MANIFEST_NAME, expected_tensors, verify_modules, write_manifest
+from moebius.checkpoint.routing import check_routing
 from moebius.errors import CheckpointError
 from moebius.formats.base import empty_like_spec
 from moebius.formats.projection import empty_projection
@@ -39,6 +40,7 @@ class MoebiusQuantizer(HfQuantizer):
         if checkpoint_files:
             folder = Path(checkpoint_files[0]).parent
             verify_modules(folder, _manifest(folder, model.config), modules)
+            check_routing(model.config.to_dict(), modules, folder / "config.json")
         pack_modules(model, modules)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -115,7 +117,6 @@ def pack_modules(model: nn.Module, modules: dict[str, Any]) -> None:
             raise CheckpointError(f"{name}: config.json says that only {found[0]} is packed; wanted both projections or none")
         if found:
             gate_up, down = (empty_projection(left.pop(path)) for path in paths)
-            _check_top_k(name, model, layout.experts)
             shape = (layout.experts, layout.inner * (2 if layout.has_gate else 1), layout.hidden)
             _same_shape(paths[0], gate_up.shape, shape)
             _same_shape(paths[1], down.shape, (layout.experts, layout.hidden, layout.inner))
@@ -154,16 +155,6 @@ def _manifest(folder: Path, config: Any) -> Path:
         _raise_exceptions_for_missing_entries=False,
     )
     return Path(found) if found else folder / MANIFEST_NAME
-
-
-def _check_top_k(name: str, model: nn.Module, experts: int) -> None:
-    """Refuse a config that has tokens choose more experts than there are."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for key in ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k"):
-        value = getattr(text, key, None)
-        if isinstance(value, int) and not 1 <= value <= experts:
-            raise CheckpointError(f"{name}: config.json says {key} = {value}, wanted 1 to {experts}, the number of experts")
 
 
 def _same_shape(path: str, got: tuple[int, ...], wanted: tuple[int, ...]) -> None:
