@@ -41,7 +41,10 @@ def packed_folder(folder: Path, projection: PackedProjection) -> Path:
     folder.mkdir(exist_ok=True)
     save_file(tensors, folder / "model.safetensors")
     modules = {name: projection.spec(), "model.layers.0.mlp.gate": router.spec()}
-    config = {"num_experts_per_tok": 2, "quantization_config": {"quant_method": "moebius", "modules": modules}}
+    config = {
+        "num_experts_per_tok": 2,
+        "quantization_config": {"quant_method": "moebius", "format_version": 1, "modules": modules},
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -87,7 +90,7 @@ def test_files_that_hold_other_bits_than_the_config_says_are_refused(tmp_path: P
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["modules"]["model.layers.0.mlp.experts.down_proj"]["left"]["rows"] += 1
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="the files hold"):
+    with pytest.raises(CheckpointError, match=r"left\.values: got .* wanted .* as config\.json says"):
         packed_checkpoint_size(folder)
 
 

@@ -6,19 +6,22 @@ expert weight, bits per weight of the whole model, bytes on disk; and, labelled 
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moebius.checkpoint.described import check_described, packed_from_spec
+from moebius.checkpoint.manifest import quantization_of, read_packed_config
+from moebius.checkpoint.not_loaded import NotLoaded, not_loaded
 from moebius.checkpoint.routing import check_routing, experts_per_token
 from moebius.checkpoint.shards import StoredTensor, read_folder
-from moebius.errors import CheckpointError
+from moebius.errors import CheckpointError, MoebiusError
 from moebius.formats import Packed, PackedProjection
-from moebius.formats.base import empty_like_spec
-from moebius.formats.projection import empty_projection
+from moebius.json_file import read_object
+from moebius.models.load import skeleton
+from moebius.types import MoeModel
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class ModelSize:
         top_k: experts per token; None if the config does not say.
         file_bytes: of the safetensors files; None for a plan.
         folder_bytes: of everything in the folder; None for a plan.
+        not_loaded: the part of ``other_weights`` that transformers does not load.
     """
 
     modules: tuple[ModuleSize, ...]
@@ -76,6 +80,7 @@ class ModelSize:
     top_k: int | None
     file_bytes: int | None = None
     folder_bytes: int | None = None
+    not_loaded: NotLoaded = field(default_factory=NotLoaded)
 
     @property
     def experts(self) -> tuple[ModuleSize, ...]:
@@ -133,6 +138,7 @@ class ModelSize:
             "file_bytes": self.file_bytes,
             "folder_bytes": self.folder_bytes,
             "experts_per_token": self.top_k,
+            "not_loaded": self.not_loaded.to_dict(),
             "modules": [
                 {
                     "name": m.name,
@@ -168,23 +174,17 @@ def packed_checkpoint_size(folder: Path) -> ModelSize:
     Raises:
         CheckpointError: a folder without ``quantization_config`` of Moebius, or files that hold other bits than it says.
     """
-    config = json.loads((folder / "config.json").read_text())
-    quantization = _quantization(config)
-    if quantization.get("quant_method") != "moebius":
-        raise CheckpointError(f"{folder}: got a checkpoint that Moebius did not pack; wanted one with quant_method 'moebius'")
-    stored = read_folder(folder)
-    modules, claimed = [], set()
-    for name, spec in quantization["modules"].items():
-        packed = empty_projection(spec) if "factor" in spec else empty_like_spec(spec)
-        module = packed_module(name, packed)
-        names = {f"{name}.{tensor}" for tensor in packed.tensors()}
-        in_files = sum(_bits(stored[n]) for n in names & stored.keys())
-        if in_files != module.stored_bits:
-            raise CheckpointError(f"{name}: the files hold {in_files} bits, wanted {module.stored_bits} as the config says")
-        claimed |= names
-        modules.append(module)
+    config, quantization = read_packed_config(folder)
+    stored = read_folder(folder, config)
+    check_described(stored, quantization["modules"])
     check_routing(config, quantization["modules"], folder / "config.json")
+    packed = {name: packed_from_spec(name, spec) for name, spec in quantization["modules"].items()}
+    modules = [packed_module(name, module) for name, module in packed.items()]
+    claimed = {f"{name}.{tensor}" for name, module in packed.items() for tensor in module.tensors()}
     rest = [tensor for name, tensor in stored.items() if name not in claimed]
+    moe = _model_of(folder)
+    if moe is not None:
+        _check_shapes(modules, moe)
     return ModelSize(
         modules=tuple(modules),
         other_weights=sum(math.prod(t.shape) for t in rest),
@@ -192,7 +192,31 @@ def packed_checkpoint_size(folder: Path) -> ModelSize:
         top_k=experts_per_token(config),
         file_bytes=file_bytes(folder),
         folder_bytes=folder_bytes(folder),
+        not_loaded=NotLoaded() if moe is None else not_loaded(stored, moe, claimed),
     )
+
+
+def _model_of(folder: Path) -> MoeModel | None:
+    """On the meta device; None for a model that this transformers does not know, whose sizes can still be said."""
+    try:
+        return skeleton(folder)
+    except MoebiusError:
+        return None
+
+
+def _check_shapes(modules: Iterable[ModuleSize], moe: MoeModel) -> None:
+    """Refuse packed matrices that are not those of the model, as far as both call them by the same names."""
+    shapes: dict[str, tuple[int, ...]] = {name: tuple(p.shape) for name, p in moe.model.named_parameters()}
+    for layer in moe.moe_layers:
+        layout, channels = layer.layout, layer.layout.inner * (2 if layer.layout.has_gate else 1)
+        shapes[f"{layer.name}.{layout.gate_up_name}"] = (layout.experts, channels, layout.hidden)
+        shapes[f"{layer.name}.{layout.down_name}"] = (layout.experts, layout.hidden, layout.inner)
+    for module in modules:
+        got, name = (module.shape, module.name) if module.kind == "experts" else (module.shape[1:], f"{module.name}.weight")
+        if name in shapes and got != shapes[name]:
+            raise CheckpointError(
+                f"{module.name}: packed as {got}, but the model that config.json describes wants {shapes[name]}"
+            )
 
 
 def file_bytes(folder: Path) -> int:
@@ -211,9 +235,5 @@ def _bits(tensor: StoredTensor) -> int:
 
 def is_packed(folder: Path) -> bool:
     """Whether a local folder is a checkpoint that Moebius packed."""
-    config = folder / "config.json"
-    return config.is_file() and _quantization(json.loads(config.read_text())).get("quant_method") == "moebius"
-
-
-def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    return config.get("quantization_config") or {}
+    path = folder / "config.json"
+    return path.is_file() and quantization_of(read_object(path), path) is not None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moebius.errors import CheckpointError, ShapeError
-from moebius.formats.numbers import check_fields, plain_fields
+from moebius.formats.numbers import check_fields, plain_fields, stored_fields
 from moebius.table import Table
 
 FORMATS = Table(
@@ -152,9 +152,7 @@ def from_tensors(spec: dict[str, Any], tensors: dict[str, Tensor]) -> Packed:
     if not isinstance(spec.get("format"), str):
         raise ShapeError(f"got a description without the name of a format: {str(spec)[:60]}")
     kind = FORMATS[spec.pop("format")]
-    plain = plain_fields(kind).keys()
-    stored = {f.name for f in dataclasses.fields(kind)} - plain
-    for got, known in ((spec.keys(), plain), (tensors.keys(), stored)):
+    for got, known in ((spec.keys(), plain_fields(kind).keys()), (tensors.keys(), stored_fields(kind))):
         if unknown := got - known:
             raise ShapeError(
                 f"format {kind.name!r}: unknown fields {', '.join(sorted(unknown))}; wanted some of {', '.join(sorted(known))}"

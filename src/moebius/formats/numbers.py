@@ -41,6 +41,11 @@ def plain_fields(kind: Any) -> dict[str, Any]:
     return {name: _TYPES[word] for name, word in types.items() if word in _TYPES}
 
 
+def stored_fields(kind: Any) -> set[str]:
+    """Names of the fields of a format that are tensors."""
+    return {field.name for field in dataclasses.fields(kind)} - plain_fields(kind).keys()
+
+
 def check_fields(packed: Packed) -> None:
     """Refuse plain fields of the wrong type, or outside of what any matrix could have.
 

@@ -121,3 +121,23 @@ def empty_projection(spec: dict[str, Any], device: torch.device | str = "meta") 
     # Nothing is laid out before all numbers are known to fit.
     PackedProjection(**{part: from_tensors(part_spec, {}) for part, part_spec in spec.items()}).check_numbers()
     return PackedProjection(**{part: empty_like_spec(part_spec, device) for part, part_spec in spec.items()})
+
+
+def module_from_tensors(spec: dict[str, Any], tensors: dict[str, Tensor]) -> PackedProjection | Packed:
+    """What a description of a packed module and its tensors stand for: a projection of experts, or a single matrix."""
+    return projection_from_tensors(spec, tensors) if "factor" in spec else from_tensors(spec, tensors)
+
+
+def empty_module(spec: dict[str, Any], device: torch.device | str = "meta") -> PackedProjection | Packed:
+    """:func:`module_from_tensors` with uninitialized tensors.
+
+    Raises:
+        ShapeError: numbers that contradict each other, or a single matrix that is not one, or has no elements.
+    """
+    if "factor" in spec:
+        return empty_projection(spec, device)
+    packed = empty_like_spec(spec, device)
+    if packed.batch != 1 or not packed.rows or not packed.columns:
+        got = f"{packed.batch} of {packed.rows} x {packed.columns}"
+        raise ShapeError(f"{packed.name}: got {got}, wanted one matrix with elements")
+    return packed
