@@ -24,7 +24,7 @@ kills: $(READY)  ## 210 runs that are killed at file-system operations and finis
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kills --count 70
 
 fuzz: $(READY)  ## 10,000 packed checkpoints with something changed: each is refused in words or runs
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.mutate --count 10000
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.run --count 10000
 
 check: $(READY)  ## linter, formatter and types
 	$(BIN)/ruff check .

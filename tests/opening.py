@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -18,12 +20,17 @@ class FaultError(AssertionError):
     """A way that ended in something other than an answer or a Moebius error."""
 
 
+@torch.inference_mode()
+def logits(folder: Path) -> Tensor:
+    """What a checkpoint makes of four tokens."""
+    found: Tensor = AutoModelForCausalLM.from_pretrained(folder)(torch.arange(4).view(1, -1)).logits
+    return found
+
+
 def from_pretrained(folder: Path) -> str:
-    """Load and run four tokens; the error's message, or an empty text."""
+    """Load and run; the error's message, or an empty text."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        with torch.inference_mode():
-            model(torch.arange(4).view(1, -1))
+        logits(folder)
     except MoebiusError as error:
         return _one_line("from_pretrained", str(error))
     except Exception as error:
@@ -35,7 +42,7 @@ def _command(*arguments: str) -> Callable[[Path], str]:
     name, *options = arguments
 
     def run(folder: Path) -> str:
-        result = CliRunner().invoke(app, [name, str(folder), *options])
+        result = CliRunner().invoke(app, [name, str(folder), *options], input="a\n")
         if result.exit_code == 0:
             return ""
         if result.exit_code != 2:
@@ -61,5 +68,18 @@ WAYS: dict[str, Callable[[Path], str]] = {
     "from_pretrained": from_pretrained,
     "info": _command("info"),
     "verify": _command("info", "--verify"),
+    "plan": _command("plan"),
+    "quantize": _command("quantize", "--out", os.devnull + "/x", "--quiet"),
+    "evaluate": _command(
+        "evaluate",
+        "--text",
+        str(Path(__file__).parents[1] / "constraints.txt"),
+        "--windows",
+        "1",
+        "--window-length",
+        "8",
+        "--quiet",
+    ),
+    "chat": _command("chat", "--tokens", "1"),
     "generate": _command("generate", "--prompt", "a", "--tokens", "1", "--quiet"),
 }

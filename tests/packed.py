@@ -21,7 +21,10 @@ from moebius.formats.integers import Integers
 from moebius.formats.planes import Planes
 from moebius.formats.random_contents import random_contents, random_projection
 from moebius.formats.signs import Signs
+from moebius.formats.trellis import Trellis
 from moebius.models.load import skeleton
+from moebius.pipeline import quantize_model
+from moebius.recipe import CalibrationSettings, Recipe
 
 RANK = 30
 
@@ -105,7 +108,7 @@ def save_packed_tiny(name: str, folder: Path, everything: bool = False, **overri
 
 
 #: The number of layers of :func:`save_every_format`, one for each entry of :func:`_every_format`.
-LAYERS = 4
+LAYERS = 5
 
 
 def save_every_format(folder: Path) -> Path:
@@ -132,6 +135,9 @@ def _every_format(experts: int, channels: int, hidden: int, inner: int) -> list[
     def planes(side: str, directions: int, entries: int) -> Packed:
         widths = torch.tensor([[directions - e, directions // 2, 3] for e in range(experts)])
         return Planes.skeleton(widths, side=side, directions=directions, entries=entries, scale_bits=5)
+
+    def rates(columns: int) -> torch.Tensor:
+        return (torch.arange(columns) + torch.arange(experts).unsqueeze(1)) % 5
 
     right = Graded.skeleton(side="input", bits=[8] * 10 + [4] * 20, entries=hidden)
     left = Graded.skeleton(side="output", bits=[6] * 24, entries=hidden)
@@ -163,4 +169,22 @@ def _every_format(experts: int, channels: int, hidden: int, inner: int) -> list[
             },
             {"factor": blank("integers", experts, hidden, inner, bits=3, group_size=16, zero_points=True)},
         ),
+        (
+            {"factor": Trellis.skeleton(rates(24), channels), "right": blank("integers", 1, 24, hidden, bits=6, group_size=16)},
+            {"factor": Trellis.skeleton(rates(inner), 20), "left": blank("dense", 1, hidden, 20, dtype="float16")},
+        ),
     ]
+
+
+def save_quantized(folder: Path) -> list[Path]:
+    """Tiny models as methods pack them, with the layers outside the experts at 8 and at 4 bits; returns their folders."""
+    recipes = {
+        "olmoe": Recipe.make("moebius", rest="int8"),
+        "qwen2_moe": Recipe.make("mobie", router="binary", rest="int4"),
+        "mixtral": Recipe.make("bitsmoe", 3),
+        "qwen3_moe": Recipe.make("kbvq"),
+    }
+    settings = CalibrationSettings(windows=2, window_length=32)
+    for name, recipe in recipes.items():
+        quantize_model(save_tiny(name, folder / f"{name}-source"), folder / name, recipe, settings)
+    return [folder / name for name in recipes]

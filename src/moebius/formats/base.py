@@ -26,6 +26,7 @@ FORMATS = Table(
         "planes": "moebius.formats.planes:Planes",
         "signs": "moebius.formats.signs:Signs",
         "spectral": "moebius.formats.spectral:Spectral",
+        "trellis": "moebius.formats.trellis:Trellis",
     },
 )
 

@@ -22,6 +22,7 @@ _RANGES: dict[str, tuple[int, int]] = {
     "bits": (1, 8),
     "block": (1, MOST),
     "code_bits": (1, 16),
+    "code_rows": (0, 1 << 40),
     "group_size": (1, MOST),
     "length": (1, MOST),
     "live": (0, 1 << 40),
