@@ -9,8 +9,13 @@ from typing import Any, TypeVar
 
 from moebius.errors import CheckpointError
 
+#: The JSON file that every packed checkpoint has, see :mod:`moebius.checkpoint.manifest`.
+MANIFEST_NAME = "moebius_manifest.json"
 #: Larger files are no configuration: an index of a million tensors takes 200 MB.
 MOST_BYTES = 1 << 29
+
+#: No model has more layers; transformers builds every one of them before it looks at any weight.
+MOST_LAYERS = 10_000
 
 Kind = TypeVar("Kind")
 _WORDS = {dict: "an object", list: "a list", str: "a text", int: "a whole number"}
@@ -32,6 +37,20 @@ def read_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     return parse_object(content, str(path))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The ``config.json`` of a model, whose counts of layers are such that the model can be built.
+
+    Raises:
+        CheckpointError: as :func:`read_object`, or more layers than any model has.
+    """
+    config = read_object(path)
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    for name, value in ((name, value) for part in parts for name, value in part.items() if "layer" in name.lower()):
+        if isinstance(value, int) and value > MOST_LAYERS:
+            raise CheckpointError(f"{path}: {name} is {str(value)[:40]}, wanted {MOST_LAYERS} at most; fetch it again")
+    return config
 
 
 def parse_object(content: bytes, where: str) -> dict[str, Any]:

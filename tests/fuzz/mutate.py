@@ -66,7 +66,7 @@ def byte(folder: Path, chance: random.Random) -> None:
 
 def value(folder: Path, chance: random.Random) -> None:
     """A value, name or object anywhere in a JSON file: another one in its place, or none, or one more."""
-    file = chance.choice([path for path in _files(folder) if path.suffix == ".json"])
+    file = chance.choice([path for path in _files(folder) if path.suffix == ".json" and _places(json.loads(path.read_text()))])
     content = json.loads(file.read_text())
     holder, key = chance.choice(_places(content))
     _change(holder, key, chance)

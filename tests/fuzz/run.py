@@ -16,16 +16,17 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import torch
 from tests.fuzz.mutate import KINDS
-from tests.opening import WAYS, FaultError, logits
+from tests.opening import OTHER_WAYS, WAYS, FaultError, logits
 
 BATCH = 50
 SECONDS = 120
+ALL_WAYS = {**WAYS, **OTHER_WAYS}
 GOOD = ("refused", "ran")
 
 
@@ -45,13 +46,17 @@ class Fuzz:
         originals: packed checkpoints.
         seed: other seeds, other mutations.
         kinds: of :data:`tests.fuzz.mutate.KINDS`.
-        ways: of :data:`tests.opening.WAYS`.
+        ways: of :data:`ALL_WAYS`.
+
+    Attributes:
+        tell: called with the outcomes of every batch, and how many there are by then.
     """
 
     def __init__(
-        self, originals: Sequence[Path], seed: int = 0, kinds: Iterable[str] = KINDS, ways: Iterable[str] = WAYS
+        self, originals: Sequence[Path], seed: int = 0, kinds: Iterable[str] = KINDS, ways: Iterable[str] = ALL_WAYS
     ) -> None:
         self.originals, self.seed, self.kinds, self.ways = tuple(originals), seed, tuple(kinds), tuple(ways)
+        self.tell: Callable[[list[Tried], int], None] | None = None
         self.wanted = [logits(folder) for folder in self.originals]
 
     def plan(self, number: int) -> tuple[int, str, str]:
@@ -68,7 +73,7 @@ class Fuzz:
         os.environ["MOEBIUS_HASHES"] = "1"
         changed = {path.name for path in folder.iterdir() if _differs(path, self.originals[original] / path.name)}
         try:
-            refused = WAYS[way](folder)
+            refused = ALL_WAYS[way](folder)
             if not refused and kind == "byte" and way == "from_pretrained" and all(n.endswith("safetensors") for n in changed):
                 same = torch.equal(logits(folder), self.wanted[original])
                 return "ran" if same else f"loaded other weights from {changed}, with hashes on"
@@ -78,10 +83,13 @@ class Fuzz:
 
     def run(self, count: int) -> list[Tried]:
         """The outcome of every mutation."""
-        outcomes: list[str] = []
-        while len(outcomes) < count:
-            outcomes += self._batch(range(len(outcomes), min(len(outcomes) + BATCH, count)))
-        return [Tried(number, *self.plan(number)[1:], outcome) for number, outcome in enumerate(outcomes)]
+        tried: list[Tried] = []
+        while len(tried) < count:
+            outcomes = self._batch(range(begin := len(tried), min(begin + BATCH, count)))
+            tried += [Tried(begin + place, *self.plan(begin + place)[1:], outcome) for place, outcome in enumerate(outcomes)]
+            if self.tell:
+                self.tell(tried[begin:], len(tried))
+        return tried
 
     def _batch(self, numbers: range) -> list[str]:
         read, write = os.pipe()
@@ -121,6 +129,13 @@ def _differs(path: Path, original: Path) -> bool:
     return not path.is_file() or not original.is_file() or path.read_bytes() != original.read_bytes()
 
 
+def _tell(batch: list[Tried], count: int) -> None:
+    for number, kind, way, outcome in (t for t in batch if t.outcome not in GOOD):
+        print(f"{number} ({kind}, {way}): {outcome}", flush=True)
+    if count // 1000 > (count - len(batch)) // 1000:
+        print(f"{count} mutations", flush=True)
+
+
 def main() -> int:
     """Try mutations and count how they end; 1 if any ended in a crash, a hang, a wrong load or a bare Python error."""
     from tests.packed import save_every_format, save_quantized
@@ -129,18 +144,19 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="*", default=list(KINDS))
-    parser.add_argument("--ways", nargs="*", default=list(WAYS))
+    parser.add_argument("--ways", nargs="*", default=list(ALL_WAYS))
     options = parser.parse_args()
     torch.set_num_threads(1)
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         originals = [save_every_format(Path(temporary) / "formats"), *save_quantized(Path(temporary) / "quantized")]
-        tried = Fuzz(originals, options.seed, options.kinds, options.ways).run(options.count)
-    table = Counter((t.kind, t.way, t.outcome) for t in tried)
-    for (kind, way, outcome), times in sorted(table.items(), key=lambda item: (item[0][2] in GOOD, *item[0])):
-        first = next(t.number for t in tried if t[1:] == (kind, way, outcome))
-        print(f"{times:6d} {kind:8s} {way:16s} {outcome} (first: {first})")
+        fuzz = Fuzz(originals, options.seed, options.kinds, options.ways)
+        fuzz.tell = _tell
+        tried = fuzz.run(options.count)
     wrong = [t for t in tried if t.outcome not in GOOD]
+    for kind in fuzz.kinds:
+        table = Counter(t.outcome if t.outcome in GOOD else "wrong" for t in tried if t.kind == kind)
+        print(f"{kind:8s} " + ", ".join(f"{table[outcome]} {outcome}" for outcome in (*GOOD, "wrong")))
     refused = sum(t.outcome == "refused" for t in tried)
     print(f"{len(tried)} mutations in {time.monotonic() - begin:.0f} s: {refused} refused, {len(wrong)} wrong, the others ran")
     return int(bool(wrong))

@@ -15,9 +15,9 @@ from moebius.checkpoint.guards import check_all_listed
 from moebius.checkpoint.routing import check_routing
 from moebius.checkpoint.shards import StoredTensor, is_guard, read_folder, write_text
 from moebius.errors import CheckpointError
-from moebius.json_file import field, read_object
+from moebius.json_file import MANIFEST_NAME as MANIFEST_NAME
+from moebius.json_file import field, read_config, read_object
 
-MANIFEST_NAME = "moebius_manifest.json"
 FORMAT_VERSION = 1
 
 
@@ -76,7 +76,7 @@ def read_packed_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         CheckpointError: a checkpoint that Moebius did not pack, or a config that cannot be read.
     """
     path = folder / "config.json"
-    config = read_object(path)
+    config = read_config(path)
     quantization = quantization_of(config, path)
     if quantization is None:
         raise CheckpointError(f"{folder}: got a checkpoint that Moebius did not pack; wanted one with quant_method 'moebius'")

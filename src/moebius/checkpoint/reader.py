@@ -18,7 +18,7 @@ from torch import Tensor
 from moebius.checkpoint.quantized import refuse_codes, refuse_quantized_config
 from moebius.checkpoint.shards import DTYPES, StoredTensor, leftovers, read_folder, weight_files
 from moebius.errors import CheckpointError, ModelNotFoundError
-from moebius.json_file import read_object
+from moebius.json_file import read_config as read_model_config
 from moebius.progress import Progress, Silent
 
 # Everything of a hub repository that a checkpoint is made of; not its copies in other formats.
@@ -187,7 +187,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ModelNotFoundError(f"{folder}: no config.json in this folder; is it a transformers checkpoint?")
-    return read_object(path)
+    return read_model_config(path)
 
 
 @cache

@@ -47,7 +47,17 @@ def load_tokenizer(source: str | Path) -> Any:
         MoebiusError: no such model, or no tokenizer in it.
     """
     quiet_transformers()
-    return _loaded(AutoTokenizer, source, checkpoint_folder(source))
+    return _loaded(_TriedTokenizer, source, checkpoint_folder(source))
+
+
+class _TriedTokenizer:
+    """A tokenizer that has read a text: some files are only found to be wrong by then."""
+
+    @staticmethod
+    def from_pretrained(folder: Path) -> Any:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer("a")
+        return tokenizer
 
 
 def checkpoint_folder(source: str | Path) -> Path:

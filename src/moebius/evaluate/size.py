@@ -19,7 +19,7 @@ from moebius.checkpoint.routing import check_routing, experts_per_token
 from moebius.checkpoint.shards import StoredTensor, read_folder
 from moebius.errors import CheckpointError, MoebiusError
 from moebius.formats import Packed, PackedProjection
-from moebius.json_file import read_object
+from moebius.json_file import read_config
 from moebius.models.load import skeleton
 from moebius.types import MoeModel
 
@@ -236,4 +236,4 @@ def _bits(tensor: StoredTensor) -> int:
 def is_packed(folder: Path) -> bool:
     """Whether a local folder is a checkpoint that Moebius packed."""
     path = folder / "config.json"
-    return path.is_file() and quantization_of(read_object(path), path) is not None
+    return path.is_file() and quantization_of(read_config(path), path) is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +33,9 @@ if TYPE_CHECKING:  # modeling_utils imports the table that this class is registe
     from transformers import PreTrainedModel
 
 register_quantization_config("moebius")(MoebiusConfig)
+
+# Weights that a model may have beyond twice what its files hold.
+_SLACK = 1 << 20
 
 
 @register_quantizer("moebius")
@@ -65,6 +69,7 @@ class MoebiusQuantizer(HfQuantizer):
         config.modules = {here: config.modules[path] for path, here in paths.items()}
         pack_modules(model, config.modules)
         if checkpoint_files:
+            _check_room(model, stored)
             _check_no_random_experts(model, stored, self._packed_names | self._beginnings.keys())
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -176,6 +181,19 @@ def pack_modules(model: nn.Module, modules: dict[str, Any]) -> None:
         packed = empty_like_spec(spec)
         _same_shape(path, (packed.batch, packed.rows, packed.columns), (1, rows, columns))
         pack_weight(module, packed)
+
+
+def _check_room(model: nn.Module, stored: Mapping[str, StoredTensor]) -> None:
+    """Refuse a model far larger than its files before memory is laid out for it: what has no tensor would be random.
+
+    Weights that are tied are stored once, and what is packed is in buffers by now.
+    """
+    wanted = sum(parameter.numel() for parameter in model.parameters())
+    there = sum(math.prod(tensor.shape) for tensor in stored.values())
+    if wanted > 2 * there + _SLACK:
+        raise CheckpointError(
+            f"config.json describes a model of {wanted:,} weights besides those that are packed, but the files hold {there:,}"
+        )
 
 
 def _check_no_random_experts(model: PreTrainedModel, stored: Mapping[str, StoredTensor], packed: frozenset[str]) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from moebius.errors import CheckpointError, CoverageError, ModelNotFoundError, UnsupportedModelError, first_line
-from moebius.json_file import read_object
+from moebius.json_file import read_config
 from moebius.models import parts
 from moebius.models.layout import layout_of
 from moebius.types import MoeLayer, MoeModel
@@ -208,7 +208,7 @@ def _read_config(source: str | Path) -> Any:
         file = path / "config.json" if path.is_dir() else path
         if not file.is_file():
             raise ModelNotFoundError(f"{source}: no config.json in this folder; is it a transformers checkpoint?")
-        content = read_object(file)
+        content = read_config(file)
         if not content.get("model_type"):
             raise CheckpointError(f"{file}: no model_type in it; is it the config of a transformers checkpoint?")
         _check_depth(content, file)
