@@ -28,7 +28,7 @@ from transformers import (
 import moebius
 from moebius.checkpoint.manifest import MANIFEST_NAME, verify, write_manifest
 from moebius.checkpoint.shards import read_folder
-from moebius.errors import CheckpointError, OutputError
+from moebius.errors import CheckpointError, OutputError, UnsupportedModelError
 from moebius.hf.hashes import HASHES
 
 IDS = torch.arange(8)[None]
