@@ -7,25 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from moebius.cli.options import (
-    AsJson,
-    Bos,
-    Device,
-    DType,
-    Model,
-    Quiet,
-    Seed,
-    display_name,
-    model_or_reference,
-    require_device,
-    require_text,
-)
+from moebius.checks import require_device
+from moebius.cli.options import AsJson, Bos, Device, DType, Model, Quiet, Seed
 from moebius.cli.output import note, print_json, print_tables, progress_bars
 from moebius.errors import RecipeError
+from moebius.recipe_text import require_text
 from moebius.report.tables import TextTable, number, percent
+from moebius.source import display_name, path_or_hub_name
 
 if TYPE_CHECKING:
-    from moebius.evaluate.evaluation import Evaluation
+    from moebius.evaluate.run import EvaluationResult
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -120,15 +111,17 @@ def evaluate(
     require_text(text)
     if top_k is not None and save_reference is None:
         raise RecipeError("--top-k: says what --save-reference stores; give both, or neither")
-    source = model_or_reference(model)
-    original = None if reference is None else model_or_reference(reference)
-    router = None if routing_from is None else model_or_reference(routing_from)
+    source = str(path_or_hub_name(model))
+    original = None if reference is None else str(path_or_hub_name(reference))
+    router = None if routing_from is None else str(path_or_hub_name(routing_from))
 
-    from moebius.cli.evaluate_run import Question, run_evaluation
-    from moebius.evaluate.size import is_packed
+    from moebius.checkpoint.manifest import is_packed
+    from moebius.evaluate.run import EvaluationRequest, run_evaluation
+    from moebius.hf.loading import quiet_transformers
 
     require_device(device)
-    question = Question(
+    quiet_transformers()
+    request = EvaluationRequest(
         source=source,
         reference=original,
         routing_from=router,
@@ -145,18 +138,18 @@ def evaluate(
         top_k=top_k,
     )
     with progress_bars(hidden=quiet) as progress:
-        answer = run_evaluation(question, progress)
+        result = run_evaluation(request, progress)
     if as_json:
-        print_json({"model": source, **answer.to_dict()})
+        print_json({"model": source, **result.to_dict()})
     else:
-        print_tables(*evaluation_tables(display_name(model), answer.evaluation, answer.description))
+        print_tables(*evaluation_tables(display_name(model), result))
     if save_reference is not None:
         note(f"stored; compare with it: moebius evaluate PACKED --reference {save_reference}")
     elif reference is None and is_packed(Path(source)):
         note(f"for KL, top-1 agreement and routing similarity: moebius evaluate {source} --reference ORIGINAL")
 
 
-def evaluation_tables(name: str, result: Evaluation, description: str) -> list[TextTable]:
+def evaluation_tables(name: str, result: EvaluationResult) -> list[TextTable]:
     """The figures, and the routing similarity of each layer where there was a reference."""
     rows = [("perplexity", number(result.perplexity, 3) + _error(result.perplexity_error, 2))]
     if result.kl is not None:
@@ -168,7 +161,7 @@ def evaluation_tables(name: str, result: Evaluation, description: str) -> list[T
             ("top-1 agreement", percent(result.top1_agreement, 2) + _error(result.top1_error, 2, 100)),
             ("routing similarity, mean", number(result.mean_routing_similarity, 4)),
         ]
-    title = f"{name}, {result.tokens:,} scored tokens ({description})"
+    title = f"{name}, {result.tokens:,} scored tokens ({result.description})"
     tables = [TextTable(title, ("", "value"), tuple(rows))]
     if result.routing_similarity:
         layers = tuple((str(i), number(s, 4)) for i, s in enumerate(result.routing_similarity, 1))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moebius.checkpoint.companions import copy_companions
-from moebius.checkpoint.manifest import MANIFEST_NAME, write_manifest
+from moebius.checkpoint.manifest import MANIFEST_NAME, REPORT_NAME, write_manifest
 from moebius.checkpoint.shards import INDEX_NAME, SINGLE_NAME
 from moebius.errors import CheckpointError, OutputError
 from moebius.json_file import read_object
@@ -63,7 +63,7 @@ def save_packed(model: PreTrainedModel, save_directory: str | Path, **options: A
 
 def _weights_of(folder: Path) -> set[str]:
     """Names of the files that belong to the weights in a folder: of this package, and of transformers."""
-    names = {SINGLE_NAME, INDEX_NAME, MANIFEST_NAME, "moebius_report.json"}
+    names = {SINGLE_NAME, INDEX_NAME, MANIFEST_NAME, REPORT_NAME}
     names |= {path.name for path in folder.iterdir() if _SHARD.fullmatch(path.name)}
     for file, key in ((INDEX_NAME, "weight_map"), (MANIFEST_NAME, "tensors")):
         try:

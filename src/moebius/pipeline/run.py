@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from moebius.calibrate.states import STATES_IN_MEMORY, states_bytes
 from moebius.calibrate.stream import stream_statistics
 from moebius.calibrate.tokens import calibration_windows, windows_digest
-from moebius.checkpoint.manifest import FORMAT_VERSION
+from moebius.checkpoint.manifest import FORMAT_VERSION, REPORT_NAME
 from moebius.checkpoint.names import expert_tensor_names, tied_copies
 from moebius.checkpoint.reader import SourceCheckpoint
 from moebius.checkpoint.writer import CheckpointWriter
@@ -34,8 +34,6 @@ from moebius.pipeline.refine import refine
 from moebius.progress import Progress, Silent
 from moebius.recipe import CalibrationSettings, Recipe
 from moebius.types import PROJECTIONS, CalibrationNeeds, ExpertWeights, LayerStats, MoeLayer, MoeModel
-
-REPORT_NAME = "moebius_report.json"
 
 
 def quantize_model(
