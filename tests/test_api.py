@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from mypy import api as mypy
+from mypy import api as mypy_api
 from tests.tiny import save_tiny
 from typer.testing import CliRunner
 
 import moebius
+from moebius import api
 from moebius.cli.app import app
 from moebius.errors import ModelNotFoundError, OutputError, RecipeError, UnknownNameError
 
@@ -150,11 +151,7 @@ def test_the_library_does_not_need_the_command_line() -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_defaults_are_those_of_the_command(name: str) -> None:
-    function = inspect.signature(getattr(moebius.api, name)) if hasattr(moebius, "api") else None
-    if function is None:
-        from moebius import api
-
-        function = inspect.signature(getattr(api, name))
+    function = inspect.signature(getattr(api, name))
     group = typer.main.get_command(app)
     options = {parameter.name: parameter.default for parameter in group.commands[name].params}  # type: ignore[attr-defined]
     shared = {p.name: p.default for p in function.parameters.values() if p.name in options and p.default is not p.empty}
@@ -170,11 +167,11 @@ def checked(code: str, tmp_path: Path) -> str:
         "[mypy]\nstrict = true\nfollow_imports = silent\n[mypy-torch.*,transformers.*,scipy.*,numpy.*]\nfollow_imports = skip\n"
     )
     cache, config = str(tmp_path / "cache"), str(tmp_path / "mypy.ini")
-    return mypy.run([str(tmp_path / "code.py"), "--config-file", config, "--cache-dir", cache])[0]
+    return mypy_api.run([str(tmp_path / "code.py"), "--config-file", config, "--cache-dir", cache])[0]
 
 
 def test_a_type_checker_sees_signatures(tmp_path: Path) -> None:
-    right = (ROOT / "tests" / "api_types.py").read_text()
+    right = (ROOT / "tests" / "api_types.py").read_text().partition("\n")[2]  # without the line that wants torch's own types
     assert "Success" in checked(right, tmp_path)
     wrong = [
         'moebius.quantize("model", "out", bits="one")',

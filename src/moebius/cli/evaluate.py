@@ -260,5 +260,5 @@ def task_table(name: str, scores: Sequence[TaskScore], limit: int | None) -> Tex
     return TextTable(f"{name}, by lm-eval", ("task", "metric", "value", "few-shot", "documents"), tuple(rows), 2, note)
 
 
-def _error(value: float | None, digits: int, factor: float = 1) -> str:
-    return "" if value is None else f" ± {number(value * factor, digits)}"
+def _error(value: float | None, digits: int, times: float = 1) -> str:
+    return "" if value is None else f" ± {number(value * times, digits)}"
