@@ -12,6 +12,7 @@ import argparse
 
 import moebius
 from moebius.formats.graded import ROUNDING_NOISE
+from moebius.methods import moebius as method
 
 TWO_BITS = 0.1188
 #: Grades, and the share of their error that counts.
@@ -41,11 +42,12 @@ def main(arguments: list[str] | None = None) -> list[str]:
     chosen = parser.parse_args(arguments)
     lines = ["| bits | grades, share of the error that counts | perplexity | KL |", "|---|---|---:|---:|"]
     noise = {**ROUNDING_NOISE, 2: TWO_BITS}
-    original = dict(ROUNDING_NOISE)
+    original, original_grades = dict(ROUNDING_NOISE), method._GRADES
     try:
         for number, (grades, share) in enumerate(VARIANTS[: chosen.variants]):
             ROUNDING_NOISE.clear()
             ROUNDING_NOISE.update({grade: noise[grade] * share for grade in grades})
+            method._GRADES = grades
             result = moebius.compare(
                 chosen.model,
                 [f"moebius@{bits:g}" for bits in chosen.bits],
@@ -61,6 +63,7 @@ def main(arguments: list[str] | None = None) -> list[str]:
     finally:
         ROUNDING_NOISE.clear()
         ROUNDING_NOISE.update(original)
+        method._GRADES = original_grades
     return lines
 
 

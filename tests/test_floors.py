@@ -11,7 +11,7 @@ import moebius
 ROOT = Path(moebius.__file__).parent
 FLOORS = {
     0: {"errors", "options", "table", "recipe", "recipe_text", "types", "progress", "memory", "process", "checks"}
-    | {"json_file", "source", "reference_model", "unfinished", "callable_package"},
+    | {"json_file", "source", "reference_model", "unfinished", "callable_package", "private_transformers"},
     1: {"linalg", "formats"},
     2: {"basis", "quantize", "allocate", "correct", "kernels"},
     3: {"methods", "models", "checkpoint", "calibrate", "runtime"},

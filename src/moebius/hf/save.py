@@ -13,6 +13,7 @@ from moebius.checkpoint.manifest import MANIFEST_NAME, REPORT_NAME, write_manife
 from moebius.checkpoint.shards import INDEX_NAME, SINGLE_NAME
 from moebius.errors import CheckpointError, OutputError
 from moebius.json_file import read_object
+from moebius.private_transformers import quantizer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,7 +51,7 @@ def save_packed(model: PreTrainedModel, save_directory: str | Path, **options: A
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as work:
         type(model).save_pretrained(model, work, **options)
         write_manifest(Path(work))
-        source = getattr(getattr(model, "hf_quantizer", None), "source_folder", None)
+        source = getattr(quantizer_of(model), "source_folder", None)
         if source is not None and source.is_dir():
             copy_companions(source, Path(work), replace=False)
         stale = _weights_of(folder)

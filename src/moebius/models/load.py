@@ -14,6 +14,7 @@ from moebius.errors import CheckpointError, CoverageError, ModelNotFoundError, U
 from moebius.json_file import read_object
 from moebius.models import parts
 from moebius.models.layout import layout_of
+from moebius.private_transformers import loading_report
 from moebius.source import path_or_hub_name
 from moebius.types import MoeLayer, MoeModel
 
@@ -49,19 +50,9 @@ def load_moe_model(source: str | Path, dtype: str | torch.dtype = "auto", device
 def why_not_loaded(error: Exception) -> str:
     """What kept transformers from loading a checkpoint, in one line.
 
-    Of some errors it says that the reason was logged above; they are still held by the frame that raised.
+    Of some errors it says that the reason was logged above.
     """
-    trace = error.__traceback__
-    while trace is not None:
-        report = trace.tb_frame.f_locals.get("loading_info")
-        for name in ("conversion_errors", "mismatched_keys"):
-            if found := getattr(report, name, None):
-                listed = (
-                    [f"{key}: {value}" for key, value in found.items()] if isinstance(found, dict) else [str(k) for k in found]
-                )
-                return " ".join(listed[0].split())[:400]
-        trace = trace.tb_next
-    return f"{type(error).__name__}: {first_line(error)}"
+    return loading_report(error) or f"{type(error).__name__}: {first_line(error)}"
 
 
 def skeleton(source: PretrainedConfig | str | Path) -> MoeModel:

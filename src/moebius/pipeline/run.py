@@ -61,7 +61,7 @@ def quantize_model(
         progress: told about stages and steps.
 
     Returns:
-        The report that is also written to ``out`` (layers with their tokens per expert, bits and experts that leaned on
+        The report that is also written to ``out`` (layers with their tokens per expert, bits and experts that shrank towards
         their layer), with ``seconds`` by stage and ``peak_memory_bytes`` added, which are not written.
 
     Raises:
@@ -181,7 +181,7 @@ class _Job:
         return self._planned[shape, projection]
 
     def survey(self, windows: Tensor, writer: CheckpointWriter, progress: Progress) -> None:
-        """Look at every layer once, and divide what there is to give. What was seen is kept with the unfinished checkpoint."""
+        """Survey every layer, and allocate the budget. What was seen is kept with the unfinished checkpoint."""
         survey = self.method.survey
         assert survey is not None
         layers = {layer.name: layer for layer in self.moe.moe_layers}
