@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,13 @@ def test_one_module_reaches_into_transformers() -> None:
 def test_what_reaches_past_it_is_found(tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_text("from transformers.cache_utils import Cache\nmodule._apply_gate(x)\n'_commit_hash'\n")
     assert reaching(tmp_path) == ["bad.py: _apply_gate", "bad.py: _commit_hash", "bad.py: transformers.cache_utils"]
+
+
+def test_the_quantizer_registers_from_the_middle_of_transformers_imports() -> None:
+    code = "import moebius; from transformers import PreTrainedModel; import transformers.quantizers.auto as auto"
+    code += "; assert 'moebius' in auto.AUTO_QUANTIZER_MAPPING"
+    done = subprocess.run([sys.executable, "-W", "error::RuntimeWarning", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_layers_of_a_cache_are_in_a_list_and_hold_keys_and_values() -> None:

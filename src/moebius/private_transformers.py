@@ -8,19 +8,30 @@ reaches into transformers (``hf/register.py`` and ``hf/quantizer.py`` are called
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import output_capturing
-from transformers.utils.hub import cached_file
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+# Imported when first used: the quantizer, which needs some of this, is imported from the middle of transformers' imports.
+_PLACES = {
+    "Cache": "cache_utils",
+    "DynamicCache": "cache_utils",
+    "DynamicLayer": "cache_utils",
+    "WeightConverter": "core_model_loading",
+    "WeightRenaming": "core_model_loading",
+    "dot_natural_key": "core_model_loading",
+    "get_model_conversion_mapping": "conversion_mapping",
+    "rename_source_key": "core_model_loading",
+    "sdpa_attention_forward": "integrations.sdpa_attention",
+}
 __all__ = [
     "Cache",
     "DynamicCache",
@@ -33,9 +44,19 @@ __all__ = [
     "sdpa_attention_forward",
 ]
 
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        if name not in _PLACES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"transformers.{_PLACES[name]}"), name)
+
 
 def register_attention(name: str, attend: Callable[..., Any]) -> None:
     """Make an attention function known by a name that ``set_attn_implementation`` takes; masks are those of ``sdpa``."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     ALL_ATTENTION_FUNCTIONS.register(name, attend)
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, sdpa_mask)
 
@@ -47,7 +68,7 @@ def attention_of(model: PreTrainedModel) -> str:
 
 def is_capturing_hook(hook: object) -> bool:
     """Whether a hook is one of transformers' own, which sleep unless hidden states or router logits are asked for."""
-    return getattr(hook, "__module__", None) == output_capturing.__name__
+    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
 
 
 def gate(module: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -77,6 +98,8 @@ def forget_quantization(model: nn.Module) -> None:
     """Of the model and its parts: what is remembered of a quantized checkpoint and would change how a plain one computes or is
     saved.
     """
+    from transformers import PreTrainedModel
+
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config.__dict__.pop("_is_quantized", None)  # some mixers compute in another order where it is there
@@ -91,6 +114,8 @@ def ties_of(model: PreTrainedModel) -> Mapping[str, str]:
 
 def fetched_file(model_name: str, file: str, config: Any) -> str | None:
     """A file of a model on the hub, of the revision that its config was fetched from; None if there is none."""
+    from transformers.utils.hub import cached_file
+
     found: str | None = cached_file(
         model_name, file, revision=getattr(config, "_commit_hash", None), _raise_exceptions_for_missing_entries=False
     )

@@ -173,30 +173,29 @@ def evaluate(
     original = None if reference is None else str(path_or_hub_name(reference))
     router = None if routing_from is None else str(path_or_hub_name(routing_from))
 
+    from moebius import api
     from moebius.checkpoint.manifest import is_packed
-    from moebius.evaluate.run import EvaluationRequest, run_evaluation
     from moebius.hf.loading import quiet_transformers
 
-    require_device(device)
     quiet_transformers()
-    request = EvaluationRequest(
-        source=source,
-        reference=original,
-        routing_from=router,
-        protocol=protocol,
-        text=text,
-        windows=windows,
-        window_length=window_length,
-        seed=seed,
-        bos=bos,
-        dtype=dtype,
-        device=device,
-        batch_size=batch_size,
-        save_reference=save_reference,
-        top_k=top_k,
-    )
     with progress_bars(hidden=quiet) as progress:
-        result = run_evaluation(request, progress)
+        result = api.evaluate(
+            source,
+            original,
+            protocol=protocol,
+            text=text,
+            windows=windows,
+            window_length=window_length,
+            bos=bos,
+            seed=seed,
+            save_reference=save_reference,
+            top_k=top_k,
+            routing_from=router,
+            batch_size=batch_size,
+            dtype=dtype,
+            device=device,
+            progress=progress,
+        )
     if as_json:
         print_json({"model": source, **result.to_dict()})
     else:
