@@ -18,6 +18,8 @@ from moebius.errors import CheckpointError
 from moebius.json_file import MANIFEST_NAME as MANIFEST_NAME
 from moebius.json_file import field, read_config, read_object
 
+#: How a packed checkpoint was made; nothing needs it.
+REPORT_NAME = "moebius_report.json"
 FORMAT_VERSION = 1
 
 
@@ -81,6 +83,12 @@ def read_packed_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if quantization is None:
         raise CheckpointError(f"{folder}: got a checkpoint that Moebius did not pack; wanted one with quant_method 'moebius'")
     return config, quantization
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a local folder is a checkpoint that Moebius packed."""
+    path = folder / "config.json"
+    return path.is_file() and quantization_of(read_config(path), path) is not None
 
 
 def verify(folder: Path, *, hashes: bool = False) -> int:

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from moebius.checkpoint.described import check_described, packed_from_spec
-from moebius.checkpoint.manifest import quantization_of, read_packed_config
+from moebius.checkpoint.manifest import read_packed_config
 from moebius.checkpoint.not_loaded import NotLoaded, not_loaded
 from moebius.checkpoint.routing import check_routing, experts_per_token
 from moebius.checkpoint.shards import StoredTensor, read_folder
 from moebius.errors import CheckpointError, MoebiusError
 from moebius.formats import Packed, PackedProjection
-from moebius.json_file import read_config
 from moebius.models.load import skeleton
 from moebius.types import MoeModel
 
@@ -231,9 +230,3 @@ def folder_bytes(folder: Path) -> int:
 
 def _bits(tensor: StoredTensor) -> int:
     return 8 * (tensor.end - tensor.begin)
-
-
-def is_packed(folder: Path) -> bool:
-    """Whether a local folder is a checkpoint that Moebius packed."""
-    path = folder / "config.json"
-    return path.is_file() and quantization_of(read_config(path), path) is not None
