@@ -2,7 +2,7 @@
 
 Each name here stands for an assumption about how transformers works inside, and has a test in
 ``tests/test_private_transformers.py``: with a version that breaks one of them, the test says which. Nothing else of the package
-reaches into transformers (``hf/register.py``, ``hf/one_line.py`` and ``hf/quantizer.py`` are called by it, while it is imported).
+reaches into transformers (``register``, ``one_line`` and ``quantizer`` in ``hf/`` are called by it, while it is imported).
 """
 
 from __future__ import annotations
