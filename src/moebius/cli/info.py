@@ -83,7 +83,8 @@ def report_layers(folder: Path) -> list[dict[str, Any]]:
     for layer in layers:
         counts = layer.get("tokens_per_expert", [0]) if isinstance(layer, dict) else None
         named = isinstance(layer, dict) and isinstance(layer.get("name"), str)
-        if not named or not isinstance(counts, list) or not counts or not all(isinstance(n, int) for n in counts):
+        named = named and isinstance(layer.get("leaned_on_layer", []), list)
+        if not named or not isinstance(counts, list) or not counts or not all(type(n) is int and 0 <= n < 1 << 63 for n in counts):
             raise CheckpointError(f"{path}: layers hold {str(layer)[:60]!r}, wanted names and counts; fetch it again")
     return layers
 
@@ -127,7 +128,7 @@ def tokens_table(layers: list[dict[str, Any]]) -> TextTable:
     rows = []
     for layer in layers:
         tokens = layer["tokens_per_expert"]
-        leaned = ", ".join(map(str, layer["leaned_on_layer"])) or "none"
+        leaned = ", ".join(map(str, layer.get("leaned_on_layer", []))) or "none"
         rows.append((layer["name"], leaned, *(f"{value:,.0f}" for value in (min(tokens), median(tokens), max(tokens)))))
     columns = ("layer", "experts that leaned on their layer", "fewest", "median", "most")
     return TextTable("Tokens per expert during calibration", columns, tuple(rows), text_columns=2)
