@@ -95,7 +95,7 @@ def tokens_table(layers: list[dict[str, Any]]) -> TextTable:
     rows = []
     for layer in layers:
         tokens = layer["tokens_per_expert"]
-        shrunk = ", ".join(map(str, layer["leaned_on_layer"])) or "none"
+        shrunk = ", ".join(map(str, layer.get("leaned_on_layer", []))) or "none"
         rows.append((layer["name"], shrunk, *(f"{value:,.0f}" for value in (min(tokens), median(tokens), max(tokens)))))
     columns = ("layer", "experts shrunk towards their layer", "fewest", "median", "most")
     return TextTable("Tokens per expert during calibration", columns, tuple(rows), text_columns=2)
