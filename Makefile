@@ -3,8 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+CSRC := $(wildcard src/moebius/native/csrc/*)
+CMAKE := PATH="$(abspath $(BIN)):$$PATH" cmake
+CONFIGURE := $(CMAKE) -S . -DSKBUILD_PROJECT_NAME=moebius -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_BUILD_TYPE=Release
+# Tests of the compiled kernels and of what runs through them. Leaks are the interpreter's, and are not looked for.
+SANITIZED := tests/kernels/test_agreement.py tests/kernels/test_borders.py tests/kernels/test_packed_linear.py tests/runtime/test_direct.py
 
-.PHONY: demo test kills check style bench clean
+.PHONY: demo test kills sanitize warnings check style bench clean
 
 demo: $(READY)  ## the reference model from 16 bit to one, with a table, a figure and what each model writes
 	rm -rf demo
@@ -16,12 +21,25 @@ test: $(READY)  ## every test, in parallel
 kills: $(READY)  ## 210 runs that are killed at file-system operations and finished: the bytes of a run that was not stopped
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kills --count 70
 
-check: $(READY)  ## linter, formatter and types
+sanitize: $(READY)  ## the kernel tests with C++ under the address and the undefined-behavior sanitizer (g++ or clang++)
+	$(CONFIGURE) -B build/sanitize -DMOEBIUS_SANITIZE=ON -DMOEBIUS_WARNINGS=ON
+	$(CMAKE) --build build/sanitize --parallel 2
+	OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so.6)" \
+		$(BIN)/python -m tests.sanitized build/sanitize -q -p no:xdist --capture=sys $(SANITIZED)
+
+warnings: $(READY)  ## C++ with warnings as errors, apart from the build in use
+	$(CONFIGURE) -B build/warnings -DMOEBIUS_WARNINGS=ON
+	$(CMAKE) --build build/warnings --parallel 2
+
+check: $(READY) warnings  ## linter, formatter and types, of Python and of C++
+	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 style: $(READY)  ## what `check` would complain about, mended where a tool can
+	$(BIN)/clang-format -i $(CSRC)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -33,7 +51,7 @@ clean:
 	rm -rf $(VENV) build demo
 
 # torch first and by its pin: pip then takes the build at hand instead of resolving a newer one for another package.
-$(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/moebius/kernels/*/csrc/*)
+$(READY): pyproject.toml constraints.txt CMakeLists.txt $(CSRC)
 	@echo "setting up $(VENV) (once, a minute or two)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt torch

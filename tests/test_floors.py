@@ -10,7 +10,7 @@ import moebius
 ROOT = Path(moebius.__file__).parent
 FLOORS = {
     0: {"errors", "options", "table", "recipe", "types", "progress", "memory", "reference_model", "unfinished"},
-    1: {"linalg", "formats"},
+    1: {"linalg", "formats", "native"},
     2: {"basis", "quantize", "allocate", "correct", "kernels"},
     3: {"methods", "models", "checkpoint", "calibrate", "runtime"},
     4: {"pipeline", "distributed", "hf", "evaluate", "report"},
@@ -52,6 +52,11 @@ def test_every_package_has_a_floor() -> None:
 
 def test_packages_import_lower_floors_only() -> None:
     assert violations(ROOT) == []
+
+
+def test_one_package_touches_the_extension() -> None:
+    touching = [path for path in ROOT.rglob("*.py") if "_extension" in path.read_text()]
+    assert {path.relative_to(ROOT).parts[0] for path in touching} == {"native"}
 
 
 def test_a_violation_is_found(tmp_path: Path) -> None:

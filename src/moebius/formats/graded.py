@@ -92,7 +92,7 @@ class Graded(Packed):
         first = begin = 0
         for grade, count in self.runs():
             width = packed_width(self.entries, grade)
-            block = codes[:, begin : begin + count * width].reshape(-1, count, width)
+            block = codes[:, begin : begin + count * width].reshape(len(codes), count, width)
             mine = slice(first, first + count)
             matrices[:, mine] = (unpack(block, grade, self.entries).float() - (2**grade - 1) / 2) * scales[:, mine, None]
             first, begin = first + count, begin + count * width

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import output_capturing
 
+from moebius.errors import KernelError
 from moebius.kernels.decoder_layer import (
     DTYPES,
     Attention,
@@ -26,10 +27,10 @@ from moebius.kernels.decoder_layer import (
     SharedExpert,
     normalize,
     read,
+    refusal,
+    takes_prompts,
 )
-from moebius.kernels.packed_linear.cpu import CpuLinear
-from moebius.kernels.routed_experts import cpu as compiled
-from moebius.kernels.routed_experts.cpu import CpuExperts
+from moebius.kernels.routed_experts import Run
 from moebius.runtime.cache import RoomyLayer, make_room
 from moebius.runtime.packed_experts import PackedExpertsMixin, packed_layout, ready_experts
 from moebius.runtime.packed_linear import PackedLinearMixin, ready_linear
@@ -62,7 +63,7 @@ class DirectForward:
         self._model, self._watched = model, Watched(model.modules())
         self._embeddings, self._rotary = body.embed_tokens, body.rotary_emb
         self._layers = [_layer(layer, model.config) for layer in body.layers]
-        self._norm, self._epsilon = body.norm.weight.float().contiguous(), float(body.norm.variance_epsilon)
+        self._norm, self._epsilon = body.norm.weight.detach().float().contiguous(), float(body.norm.variance_epsilon)
         self._head = _matrix(model.lm_head)
 
     def holds(self) -> bool:
@@ -81,7 +82,7 @@ class DirectForward:
         layers = cache.layers
         return (
             texts <= MOST_TEXTS
-            and (new == 1 or compiled.current().tiles)
+            and (new == 1 or takes_prompts())
             and len(layers) == len(self._layers)
             and all(type(layer) is RoomyLayer and layer.texts() in (0, texts) for layer in layers)
         )
@@ -154,8 +155,8 @@ def _attention(module: Any, config: Any) -> Attention:
         key=_matrix(module.k_proj),
         value=_matrix(module.v_proj),
         output=_matrix(module.o_proj),
-        query_norm=None if query_norm is None else query_norm.weight.float().contiguous(),
-        key_norm=None if key_norm is None else key_norm.weight.float().contiguous(),
+        query_norm=None if query_norm is None else query_norm.weight.detach().float().contiguous(),
+        key_norm=None if key_norm is None else key_norm.weight.detach().float().contiguous(),
         heads=config.num_attention_heads,
         key_heads=config.num_key_value_heads,
         width=module.head_dim,
@@ -178,29 +179,26 @@ def _routed(module: Any) -> RoutedExperts:
     )
 
 
-def _experts(module: Any) -> CpuExperts:
+def _experts(module: Any) -> Run:
     if not isinstance(module, PackedExpertsMixin):
         raise _UnlikeError(f"{type(module).__name__} is not packed")
     layout = packed_layout(module)
     if layout.has_bias or not (layout.has_gate and layout.is_concatenated):
         raise _UnlikeError(f"{type(module).__name__} has biases, no gate, or gates between ups")
     ready = ready_experts(module)
-    if not isinstance(ready.experts, CpuExperts):
-        raise _UnlikeError(f"{type(module).__name__} does not run on the cpu kernels")
-    if ready.gate_up.bias is not None or ready.down.bias is not None:
-        raise _UnlikeError(f"{type(module).__name__} has biases")
-    if ready.experts.compiled is None:
-        raise _UnlikeError(f"{type(module).__name__} has shared factors without a kernel")
-    return ready.experts
+    if reason := refusal(ready.run):
+        raise _UnlikeError(f"{type(module).__name__}: {reason}")
+    return ready.run
 
 
 def _matrix(module: Any) -> Matrix:
     if isinstance(module, PackedLinearMixin):
         ready = ready_linear(module)
-        if not isinstance(ready, CpuLinear):
-            raise _UnlikeError(f"{type(module).__name__} does not run on the cpu kernels")
         bias: Any = module.bias
-        return Matrix(ready, bias, module.weight_dtype)
+        try:
+            return Matrix(ready, bias, module.weight_dtype)
+        except KernelError as error:
+            raise _UnlikeError(f"{type(module).__name__}: {error}") from None
     if type(module).forward is not nn.Linear.forward:
         raise _UnlikeError(f"got {type(module).__name__}, wanted a linear layer")
     return _dense(module.weight, module.bias)

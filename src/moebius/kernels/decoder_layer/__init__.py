@@ -9,7 +9,21 @@ from moebius.kernels.decoder_layer.cpu import (
     RoutedExperts,
     SharedExpert,
     normalize,
+    refusal,
+    takes_prompts,
 )
 from moebius.kernels.decoder_layer.prompt import read
 
-__all__ = ["DTYPES", "Attention", "DecoderLayer", "GatedMlp", "Matrix", "RoutedExperts", "SharedExpert", "normalize", "read"]
+__all__ = [
+    "DTYPES",
+    "Attention",
+    "DecoderLayer",
+    "GatedMlp",
+    "Matrix",
+    "RoutedExperts",
+    "SharedExpert",
+    "normalize",
+    "read",
+    "refusal",
+    "takes_prompts",
+]

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from moebius.errors import ShapeError
 from moebius.formats import Packed
 from moebius.kernels import choice
 from moebius.kernels.packed_linear import cpu, reference
@@ -25,8 +26,13 @@ def prepare(weight: Packed) -> Linear:
     """The matrix in the hands of the backend that suits it. It reads these tensors as long as it lives.
 
     Raises:
+        CheckpointError: a packed tensor that is not what its format says.
+        ShapeError: more or fewer matrices than one.
         KernelError: as :func:`moebius.kernels.choice.choose`. A backend that has no packed linears stands for the reference.
     """
+    weight.check("packed linear layer")
+    if weight.batch != 1:
+        raise ShapeError(f"packed linear layer: got {weight.batch} matrices, wanted one")
     asked = choice.forced()
     asked = asked if not asked or asked in BACKENDS else "reference"
     name, reason = choice.choose(BACKENDS, lambda name: cpu.refusal(weight) if name == "cpu" else None, asked)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from moebius.errors import KernelError, ShapeError
 from moebius.formats import Packed
 
 
@@ -16,5 +18,25 @@ def packed_linear(inputs: Tensor, weight: Packed) -> Tensor:
 
     Returns:
         (n, out), dtype of ``inputs``.
+
+    Raises:
+        ShapeError: inputs of another shape, dtype or device.
     """
+    check_call(inputs, weight, gradients=True)
     return inputs @ weight.unpack()[0].to(inputs.dtype).mT
+
+
+def check_call(inputs: Tensor, weight: Packed, *, gradients: bool = False) -> None:
+    """Refuse what the definition does not take, the same for every backend; and gradients where there are none.
+
+    Raises:
+        ShapeError, KernelError: as :meth:`moebius.kernels.routed_experts.PackedExperts.check_call`.
+    """
+    if inputs.dim() != 2 or inputs.shape[1] != weight.columns or not inputs.is_floating_point():
+        got = f"{inputs.dtype} {tuple(inputs.shape)}"
+        raise ShapeError(f"packed linear layer: got inputs {got}, wanted floats (n, {weight.columns})")
+    where = next(iter(weight.tensors().values())).device
+    if inputs.device != where or inputs.layout != torch.strided:
+        raise ShapeError(f"packed linear layer: got {inputs.layout} inputs on {inputs.device}, wanted dense ones on {where}")
+    if not gradients and torch.is_grad_enabled() and inputs.requires_grad:
+        raise KernelError("packed linear layer: kernels have no gradients; use the reference, or torch.no_grad()")

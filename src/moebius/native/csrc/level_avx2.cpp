@@ -186,7 +186,8 @@ void expand_codes(const Codes& codes, int row, int lanes, uint16_t* out) {
 }  // namespace
 
 const Level* avx2_level() {
-  static const Level level{"avx2", add_signs, dot_signs, dot_codes, add_codes, look_up, expand_codes, portable_round, portable_multiply, nullptr};
+  static const Level level{"avx2",  add_signs,    dot_signs,      dot_codes,         add_codes,
+                           look_up, expand_codes, portable_round, portable_multiply, nullptr};
   return &level;
 }
 

@@ -3,16 +3,17 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "linear_portable.h"
+#include "numbers.h"
 #include "threads.h"
 
 namespace moebius {
 namespace {
 
 constexpr int kRowsPerTask = 64;
-constexpr float kSmallestStep = 1e-37f;  // what has a finite inverse
 
 const LinearLevel& linear_of(const Level& level) {
   if (&level == avx512_level()) return *avx512_linear();
@@ -94,6 +95,7 @@ LinearRows PackedLinear::part(int first, int count) const {
 }
 
 void PackedLinear::apply(const void* inputs, void* outputs, int count, bool bf16, const Level& level, int threads) const {
+  if (all_.columns == 0) return void(std::memset(outputs, 0, static_cast<size_t>(count) * all_.rows * (bf16 ? 2 : 4)));
   auto& vectors = kept(count);
   for_each(count, threads, [&](int i) {
     vectors[i].round(inputs, static_cast<size_t>(i) * all_.columns, all_.columns, bf16, all_.bits, level);
@@ -108,7 +110,8 @@ void PackedLinear::apply(const void* inputs, void* outputs, int count, bool bf16
       const Vector& vector = vectors[i];
       if (all_.bits == 8) {
         linear.dot_bytes(rows, vector.arranged.data(), totals.data());
-        for (int r = 0; r < rows.rows; ++r) sums[r] = portable_half(rows.scales[r]) * static_cast<float>(2 * totals[r] - 255 * vector.total);
+        for (int r = 0; r < rows.rows; ++r)
+          sums[r] = portable_half(rows.scales[r]) * static_cast<float>(2 * totals[r] - 255 * vector.total);
       } else {
         linear.dot_nibbles(rows, vector.arranged.data(), vector.centres.data(), sums.data());
       }
@@ -116,8 +119,7 @@ void PackedLinear::apply(const void* inputs, void* outputs, int count, bool bf16
       for (int r = 0; r < rows.rows; ++r) sums[r] *= 0.5f * vector.step;
       if (bf16)
         for (int r = 0; r < rows.rows; ++r) static_cast<uint16_t*>(outputs)[at + r] = portable_rounded(sums[r]);
-      else
-        std::copy_n(sums.data(), rows.rows, static_cast<float*>(outputs) + at);
+      else std::copy_n(sums.data(), rows.rows, static_cast<float*>(outputs) + at);
     }
   });
 }

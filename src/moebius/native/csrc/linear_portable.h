@@ -69,7 +69,8 @@ namespace {
   return sum;
 }
 
-[[maybe_unused]] void portable_dot_nibbles(const LinearRows& rows, const int16_t* arranged, const int32_t* centres, float* sums) {
+[[maybe_unused]] void portable_dot_nibbles(const LinearRows& rows, const int16_t* arranged, const int32_t* centres,
+                                           float* sums) {
   const int bytes = (rows.columns + 1) / 2;
   for (int r = 0; r < rows.rows; ++r) {
     const uint8_t* row = rows.codes + r * rows.stride;

@@ -23,8 +23,8 @@ struct Matrix {
 };
 
 // x / √(mean x² + epsilon) · weight, for `count` vectors.
-void normalize(const float* inputs, const float* weight, float epsilon, int count, int width, float* outputs, const Level& level,
-               int threads);
+void normalize(const float* inputs, const float* weight, float epsilon, int count, int width, float* outputs,
+               const Level& level, int threads);
 
 struct Attention {
   Matrix query, key, value, output;
@@ -38,20 +38,23 @@ struct GatedMlp {
   Matrix gate, up, down;
 };
 
-// The factors of a layer's experts; shared ones may be null. The activation is SiLU of the first half of gate_up times the second.
+// The factors of a layer's experts; shared ones may be null. The activation is SiLU of the first half of gate_up times the
+// second.
 struct Experts {
   const Factor *gate_up_right, *gate_up, *gate_up_left, *down_right, *down, *down_left;
 
+  int inputs() const { return gate_up_right ? gate_up_right->columns : gate_up->columns; }
+  int units() const { return down_right ? down_right->columns : down->columns; }
   int hidden() const { return down_left ? down_left->rows : down->rows; }
 
-  // inputs: (count, hidden), chosen and weights: (count, top_k), outputs: (count, hidden). What is no expert adds nothing.
+  // inputs: (count, inputs), chosen and weights: (count, top_k), outputs: (count, hidden). What is no expert adds nothing.
   void apply(const float* inputs, const int64_t* chosen, const float* weights, int count, int top_k, float* outputs,
              const Level& level, int threads) const;
 
  private:
   // Onto sums of tokens: some slots, each with a matrix, the token it belongs to, and what its expert counts for that.
-  void add_slots(const float* shared, const int64_t* matrices, const int64_t* tokens, const float* factors, int slots, float* summed,
-                 const Level& level, int threads) const;
+  void add_slots(const float* shared, const int64_t* matrices, const int64_t* tokens, const float* factors, int slots,
+                 float* summed, const Level& level, int threads) const;
 };
 
 struct RoutedExperts {
@@ -94,6 +97,9 @@ class DecoderLayer {
  public:
   DecoderLayer(const float* attention_norm, const Attention& attention, const float* mlp_norm, float epsilon);
 
+  int hidden() const { return attention.query.columns; }
+
+  const Attention attention;
   // One of the two is set.
   std::optional<GatedMlp> dense;
   std::optional<RoutedExperts> routed;
@@ -105,7 +111,6 @@ class DecoderLayer {
 
  private:
   const float *attention_norm_, *mlp_norm_;
-  const Attention attention_;
   const float epsilon_;
 };
 

@@ -12,11 +12,14 @@ namespace moebius {
 
 // Inputs and outputs of a tile.
 constexpr int kTileInputs = 128, kTileOutputs = 64;
+constexpr float kSignsCentre = 128;  // of bytes that stand for sums of signs
+// Up to so many inputs of one matrix are read from its bits one by one, where nothing better is known; beyond, it is unpacked.
+constexpr int kFewInputs = 8;
 
 // The loops of it, for one instruction set.
 struct TileLoops {
-  // out[r][j] = base + Σ_p steps[p] · bit j of row r of plane p, modulo 256, for j < width. Rows of `out` are `out_stride` apart;
-  // what lies between `width` and the next multiple of 64 may be overwritten. Nothing at or behind `end` is read.
+  // out[r][j] = base + Σ_p steps[p] · bit j of row r of plane p, modulo 256, for j < width. Rows of `out` are `out_stride`
+  // apart; what lies between `width` and the next multiple of 64 may be overwritten. Nothing at or behind `end` is read.
   void (*spread_signs)(const uint8_t* const* planes, int count, const uint8_t* end, size_t stride, int rows, int width,
                        uint8_t base, const uint8_t* steps, uint8_t* out, size_t out_stride);
 
@@ -66,8 +69,8 @@ struct TileSlot {
   float* output;
 };
 
-// outputs = matrix · input for all slots; slots of the same matrix follow each other. Outputs have `rows` elements. The level has
-// tiles.
+// outputs = matrix · input for all slots; slots of the same matrix follow each other. Outputs have `rows` elements. The level
+// has tiles.
 void multiply_tiles(const TileSource& source, const std::vector<TileSlot>& slots, int rows, const Level& level, int threads);
 
 }  // namespace moebius

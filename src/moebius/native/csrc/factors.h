@@ -1,6 +1,7 @@
 // Packed matrices that are multiplied as they lie in memory. Each is y = M_e x for the matrix e that a row of x is routed to.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -31,6 +32,10 @@ class Factor : public TileSource {
   //   codes: a row for each direction, in halves of its scale
   int unpack(int matrix, uint16_t* out, const Level& level, int threads) const;
 
+  // Rows that a matrix has when it is unpacked, and their width.
+  virtual int unpacked_rows(int matrix) const = 0;
+  virtual int unpacked_width() const = 0;
+
   const int batch, rows, columns;
 
  protected:
@@ -41,11 +46,12 @@ class Factor : public TileSource {
   };
   // Slots of the same matrix follow each other.
   virtual void apply(const std::vector<Slot>& slots, const Level& level, int threads) const = 0;
-  // Rows that a matrix has when it is unpacked, their width, and one of them.
-  virtual int unpacked_rows(int matrix) const = 0;
-  virtual int unpacked_width() const = 0;
   virtual void unpack_row(int matrix, int row, uint16_t* out, const Level& level) const = 0;
 };
+
+constexpr int kMostPlanes = 7;
+// By number of planes: what each of them is worth.
+using Amplitudes = std::array<std::array<float, kMostPlanes>, kMostPlanes + 1>;
 
 // moebius.formats.planes. All pointers stay the caller's, and scales are decoded: (batch, entries) and (batch, directions).
 struct PlanesTensors {
@@ -55,6 +61,7 @@ struct PlanesTensors {
   int64_t sign_rows;
   const float* entry_scales;
   const float* direction_scales;
+  Amplitudes amplitudes;
 };
 std::unique_ptr<Factor> planes_input(const PlanesTensors&);
 std::unique_ptr<Factor> planes_output(const PlanesTensors&);

@@ -14,17 +14,19 @@ inline void fetch(const uint8_t* at) { _mm_prefetch(reinterpret_cast<const char*
 // 64 words to 64 coarse and 64 fine digits.
 inline void digits(__m512i a, __m512i b, int8_t* coarse, int8_t* fine) {
   const __m512i half = _mm512_set1_epi16(64);
-  const __m512i a_high = _mm512_srai_epi16(_mm512_add_epi16(a, half), 7), b_high = _mm512_srai_epi16(_mm512_add_epi16(b, half), 7);
+  const __m512i a_high = _mm512_srai_epi16(_mm512_add_epi16(a, half), 7),
+                b_high = _mm512_srai_epi16(_mm512_add_epi16(b, half), 7);
   const auto join = [](__m512i x, __m512i y) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(x)), _mm512_cvtepi16_epi8(y), 1);
   };
   _mm512_storeu_si512(coarse, join(a_high, b_high));
-  const __m512i a_low = _mm512_sub_epi16(a, _mm512_slli_epi16(a_high, 7)), b_low = _mm512_sub_epi16(b, _mm512_slli_epi16(b_high, 7));
+  const __m512i a_low = _mm512_sub_epi16(a, _mm512_slli_epi16(a_high, 7)),
+                b_low = _mm512_sub_epi16(b, _mm512_slli_epi16(b_high, 7));
   _mm512_storeu_si512(fine, join(a_low, b_low));
 }
 
-// Of every 64 columns the coarse digits and the fine ones; of nibbles, of every 128 the coarse digits of even and odd columns, and
-// the fine ones.
+// Of every 64 columns the coarse digits and the fine ones; of nibbles, of every 128 the coarse digits of even and odd columns,
+// and the fine ones.
 void arrange(const int16_t* values, int padded, int bits, int16_t* out) {
   auto* to = reinterpret_cast<int8_t*>(out);
   if (bits == 8) {
@@ -89,7 +91,9 @@ inline __m512i sixteen_blocks(const uint8_t* at, const uint8_t* end, const int8_
     fetch(at + 64 * i);
     parts[i] = quads(bytes_at(at + 64 * i, end), digits + 256 * i);
   }
-  const auto fold = [](__m512i a, __m512i b) { return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b)); };
+  const auto fold = [](__m512i a, __m512i b) {
+    return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  };
   const __m512i a = fold(parts[0], parts[1]), b = fold(parts[2], parts[3]);
   const __m512i mixed = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);

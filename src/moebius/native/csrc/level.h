@@ -45,7 +45,8 @@ struct Level {
   // sums[j] += Σ_r values[r] · code (r, first + j) for j < lanes; `first` is a multiple of kPadding. Bounds as above.
   void (*add_codes)(const Codes& codes, const int16_t* values, int first, int lanes, int32_t* sums);
 
-  // out[j] = table[Σ_p 2^p · bit j of planes[p]], for j < lanes and up to seven planes. Beyond four it is slow: a bit at a time.
+  // out[j] = table[Σ_p 2^p · bit j of planes[p]], for j < lanes and up to seven planes. Beyond four it is slow: a bit at a
+  // time.
   void (*look_up)(const uint8_t* const* planes, int count, const uint16_t* table, int lanes, uint16_t* out);
 
   // out[j] = 2 · code (row, j) − (2^bits − 1) as bf16, which is exact, for j < lanes.

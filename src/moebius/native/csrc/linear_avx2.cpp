@@ -51,7 +51,8 @@ inline __m256i block_of(const uint8_t* at, const int16_t* arranged) {
 inline __m256 eight_blocks(const uint8_t* at, const int16_t* arranged, const int32_t* centres, __m256 scales) {
   __m256i parts[4];
   for (int i = 0; i < 4; ++i)
-    parts[i] = _mm256_hadd_epi32(block_of(at + 32 * i, arranged + 2 * i * kBlock), block_of(at + 32 * i + 16, arranged + (2 * i + 1) * kBlock));
+    parts[i] = _mm256_hadd_epi32(block_of(at + 32 * i, arranged + 2 * i * kBlock),
+                                 block_of(at + 32 * i + 16, arranged + (2 * i + 1) * kBlock));
   const __m256i a = _mm256_hadd_epi32(parts[0], parts[1]), b = _mm256_hadd_epi32(parts[2], parts[3]);
   const __m256i sum = _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
   const __m256i centre = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(centres));

@@ -183,7 +183,7 @@ void add_codes(const Codes& codes, const int16_t* values, int first, int lanes, 
       for (int i = 0; i < 4 && 4 * q + i < rows; ++i) {
         const int value = values[begin + 4 * q + i], coarse = (value + 64) >> 7;
         high[q] |= static_cast<uint32_t>(coarse & 0xff) << (8 * i);
-        low[q] |= static_cast<uint32_t>((value - (coarse << 7)) & 0xff) << (8 * i);
+        low[q] |= static_cast<uint32_t>((value - coarse * 128) & 0xff) << (8 * i);
       }
     }
     for (int j = 0; j < lanes; j += 64) {
@@ -223,7 +223,10 @@ inline int look_up_whole(const uint8_t* const* planes, const uint16_t* table, in
 
 void look_up(const uint8_t* const* planes, int count, const uint16_t* table, int lanes, uint16_t* out) {
   if (count > 4) return portable_look_up(planes, count, table, lanes, out);  // more values than a register holds
-  const auto whole = count == 1 ? look_up_whole<1> : count == 2 ? look_up_whole<2> : count == 3 ? look_up_whole<3> : look_up_whole<4>;
+  const auto whole = count == 1   ? look_up_whole<1>
+                     : count == 2 ? look_up_whole<2>
+                     : count == 3 ? look_up_whole<3>
+                                  : look_up_whole<4>;
   const int done = whole(planes, table, lanes, out);
   const uint8_t* rest[4];
   for (int p = 0; p < count; ++p) rest[p] = planes[p] + done / 8;
@@ -251,7 +254,8 @@ void expand_codes(const Codes& codes, int row, int lanes, uint16_t* out) {
 }  // namespace
 
 const Level* avx512_level() {
-  static const Level level{"avx512", add_signs, dot_signs, dot_codes, add_codes, look_up, expand_codes, portable_round, portable_multiply, avx512_tile_loops()};
+  static const Level level{"avx512", add_signs,    dot_signs,      dot_codes,         add_codes,
+                           look_up,  expand_codes, portable_round, portable_multiply, avx512_tile_loops()};
   return &level;
 }
 

@@ -23,7 +23,7 @@ inline float float_of(uint16_t bf16) {
 // A polynomial around the nearest power of two: right to 3e-7 of the result, and never beyond the range of a float.
 inline float portable_exponential(float x) {
   x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-  const float power = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // to the nearest integer
+  const float power = (x * 1.44269504f + 12582912.0f) - 12582912.0f;       // to the nearest integer
   const float rest = (x - power * 0.693359375f) + power * 2.12194440e-4f;  // ln 2 in two parts
   float sum = 1.0f / 720;
   sum = sum * rest + 1.0f / 120;
@@ -32,7 +32,8 @@ inline float portable_exponential(float x) {
   sum = sum * rest + 0.5f;
   sum = sum * rest + 1.0f;
   sum = sum * rest + 1.0f;
-  const int32_t bits = (static_cast<int32_t>(power) + 127) << 23;
+  const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(power) + 127)
+                        << 23;  // whatever it is of NaN: the sum is NaN
   float scale;
   std::memcpy(&scale, &bits, sizeof scale);
   return sum * scale;
@@ -70,7 +71,8 @@ inline void portable_silu(const float* gate, const float* up, int count, float* 
   for (int j = 0; j < count; ++j) out[j] = gate[j] / (1.0f + portable_exponential(-gate[j])) * up[j];
 }
 
-constexpr DenseLevel kPortableDense{portable_dot<float>, portable_dot<uint16_t>, portable_add<float>, portable_add<uint16_t>, portable_exponentials, portable_silu};
+constexpr DenseLevel kPortableDense{portable_dot<float>,    portable_dot<uint16_t>, portable_add<float>,
+                                    portable_add<uint16_t>, portable_exponentials,  portable_silu};
 
 }  // namespace
 }  // namespace moebius

@@ -11,8 +11,7 @@ void run_tasks(int count, int threads, void (*task)(void*, int), void* context);
 
 template <typename Task>
 void for_each(int count, int threads, Task&& task) {
-  run_tasks(
-      count, threads, [](void* context, int i) { (*static_cast<std::remove_reference_t<Task>*>(context))(i); }, &task);
+  run_tasks(count, threads, [](void* context, int i) { (*static_cast<std::remove_reference_t<Task>*>(context))(i); }, &task);
 }
 
 }  // namespace moebius

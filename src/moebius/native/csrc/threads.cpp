@@ -64,8 +64,8 @@ void work(void* data) {
   for (int i; (i = job.next.fetch_add(1, std::memory_order_relaxed)) < job.count;) job.task(job.context, i);
 }
 
-// Where that is not there. One job at a time. Its number and the next task to hand out are one word, so that a thread that wakes up late can never
-// take a task of a job that is over.
+// Where that is not there. One job at a time. Its number and the next task to hand out are one word, so that a thread that
+// wakes up late can never take a task of a job that is over.
 class Pool {
  public:
   void run(int count, int threads, void (*task)(void*, int), void* context) {

@@ -95,8 +95,10 @@ inline void transpose(__m512i* rows) {
     }
   // quads[4 i + c], quarter q: word 4 q + c of rows 4 i to 4 i + 3.
   for (int c = 0; c < 4; ++c) {
-    const __m512i a = _mm512_shuffle_i32x4(quads[c], quads[4 + c], 0x88), b = _mm512_shuffle_i32x4(quads[8 + c], quads[12 + c], 0x88);
-    const __m512i d = _mm512_shuffle_i32x4(quads[c], quads[4 + c], 0xdd), e = _mm512_shuffle_i32x4(quads[8 + c], quads[12 + c], 0xdd);
+    const __m512i a = _mm512_shuffle_i32x4(quads[c], quads[4 + c], 0x88),
+                  b = _mm512_shuffle_i32x4(quads[8 + c], quads[12 + c], 0x88);
+    const __m512i d = _mm512_shuffle_i32x4(quads[c], quads[4 + c], 0xdd),
+                  e = _mm512_shuffle_i32x4(quads[8 + c], quads[12 + c], 0xdd);
     rows[c] = _mm512_shuffle_i32x4(a, b, 0x88);
     rows[4 + c] = _mm512_shuffle_i32x4(d, e, 0x88);
     rows[8 + c] = _mm512_shuffle_i32x4(a, b, 0xdd);
@@ -156,9 +158,7 @@ inline void add_scaled(float* sums, __m512i part, __m512 scale, __m512 less) {
 struct Sums {
   __m512i part[kRegisters];
 
-  void clear() {
-    part[0] = part[1] = part[2] = part[3] = _mm512_setzero_si512();
-  }
+  void clear() { part[0] = part[1] = part[2] = part[3] = _mm512_setzero_si512(); }
 
   void add(const __m512i* weights, const int8_t* four_values) {
     int32_t four;
@@ -181,8 +181,8 @@ struct Sums {
 
 // Some tokens at once, their sums in registers: for that every index has to be a constant before anything is optimized.
 template <size_t... kToken>
-inline void multiply_some(std::index_sequence<kToken...>, const uint8_t* tile, const int8_t* values,
-                          const float* steps, const float* corrections, float* sums) {
+inline void multiply_some(std::index_sequence<kToken...>, const uint8_t* tile, const int8_t* values, const float* steps,
+                          const float* corrections, float* sums) {
   Sums total[sizeof...(kToken)];
   (total[kToken].clear(), ...);
   for (int quad = 0; quad < kQuads; ++quad, tile += kRegisters * kBytes, values += 4) {
@@ -193,7 +193,8 @@ inline void multiply_some(std::index_sequence<kToken...>, const uint8_t* tile, c
   (total[kToken].add_to(sums + kToken * kTileOutputs, steps[kToken], corrections[kToken]), ...);
 }
 
-void multiply(const uint8_t* tile, const int8_t* values, const float* steps, const float* corrections, int tokens, float* sums) {
+void multiply(const uint8_t* tile, const int8_t* values, const float* steps, const float* corrections, int tokens,
+              float* sums) {
   const auto go = [&](auto some) {
     constexpr size_t kCount = decltype(some)::size();
     multiply_some(some, tile, values, steps, corrections, sums);

@@ -22,7 +22,7 @@ struct LinearRows {
   const uint8_t* end;
   size_t stride;
   int rows, columns, bits;
-  const uint16_t* scales;  // fp16, (rows, groups)
+  const uint16_t* scales;        // fp16, (rows, groups)
   int groups, blocks_per_scale;  // of 4 bits: 1, 2, 4, 8 or 16 blocks; 8 bits have one group
 };
 
@@ -33,8 +33,8 @@ struct LinearLevel {
   // sums[r] = Σ_j values[j] · code (r, j), for 8 bits.
   void (*dot_bytes)(const LinearRows& rows, const int16_t* arranged, int64_t* sums);
 
-  // sums[r] = Σ_b scale (r, b) · (2 · Σ_j values[j] · code (r, j) − centres[b]) over the blocks b and their columns j, for 4 bits.
-  // Products and sums of floats are rounded one by one, lane by lane, and lanes are added in halves.
+  // sums[r] = Σ_b scale (r, b) · (2 · Σ_j values[j] · code (r, j) − centres[b]) over the blocks b and their columns j, for 4
+  // bits. Products and sums of floats are rounded one by one, lane by lane, and lanes are added in halves.
   void (*dot_nibbles)(const LinearRows& rows, const int16_t* arranged, const int32_t* centres, float* sums);
 
   // What the codes of a row stand for.
@@ -56,6 +56,9 @@ class PackedLinear {
 
   // Rows of the matrix in float32 or bf16.
   void unpack(int first, int count, void* out, bool bf16, const Level& level, int threads) const;
+
+  int rows() const { return all_.rows; }
+  int columns() const { return all_.columns; }
 
  private:
   LinearRows part(int first, int count) const;
