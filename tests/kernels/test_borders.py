@@ -31,8 +31,7 @@ from moebius import native
 from moebius.errors import CheckpointError, KernelError, MoebiusError, ShapeError
 from moebius.formats import PackedProjection
 from moebius.formats.integers import Integers
-from moebius.formats.planes import Planes
-from moebius.kernels import choice, packed_linear
+from moebius.kernels import packed_linear
 from moebius.kernels.cpu_factors import kernel_of
 from moebius.kernels.decoder_layer import Attention, DecoderLayer, GatedMlp, Matrix, RoutedExperts
 from moebius.kernels.decoder_layer.cpu import normalize, place_heads
@@ -368,60 +367,3 @@ def test_tensors_live_as_long_as_what_reads_them() -> None:
     gc.collect()
     _littered = [torch.full((n,), torch.nan) for n in range(1, 3000)]
     assert all(torch.equal(a, b) for a, b in zip(before, results(), strict=True))
-
-
-# Factors without directions
-
-
-def empty_layer(which: str) -> Layer:
-    """A projection to which the budget gave nothing: its factor has no planes, or no directions at all."""
-    generator = Generator().manual_seed(0)
-    gate_up, down = moebius_layer(generator, 16, 31, 20, 2)
-    none_up = PackedProjection(planes(generator, "input", 0, 62, 1), right=graded(generator, "input", 0, 16))
-    none_down = PackedProjection(planes(generator, "output", 0, 31, 1), left=graded(generator, "output", 0, 16))
-    return none_up if "gate_up" in which else gate_up, none_down if "down" in which else down
-
-
-@pytest.mark.parametrize("which", ["gate_up", "down", "gate_up and down"])
-@pytest.mark.parametrize("tokens", [0, 1, 40, 600])
-def test_experts_without_directions_give_zeros(which: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = native.level()
-    for backend, level in (("reference", before), *(("cpu", name) for name in native.levels())):
-        monkeypatch.setenv(choice.VARIABLE, backend)
-        native.use_level(level)
-        run = prepare(PackedExperts(*empty_layer(which), gated))
-        got = run(torch.randn(tokens, 16), torch.randint(0, EXPERTS, (tokens, 2)), torch.rand(tokens, 2))
-        native.use_level(before)
-        assert got.shape == (tokens, 16) and not got.any(), (backend, level)
-
-
-@pytest.mark.parametrize("which", ["gate_up", "down"])
-def test_decoder_layers_with_such_experts_add_nothing(which: str) -> None:
-    layer = dense_layer(16, 24)
-    experts = prepare(PackedExperts(*empty_layer(which), gated))
-    routed = RoutedExperts(matrix(EXPERTS, 16), 2, True, experts, None)
-    without = DecoderLayer(torch.ones(16), torch.ones(16), 1e-5, layer.attention, routed)
-    silent = GatedMlp(matrix(24, 16), matrix(24, 16), Matrix(torch.zeros(16, 24)))
-    wanted = DecoderLayer(torch.ones(16), torch.ones(16), 1e-5, layer.attention, silent)
-    results = []
-    for one in (without, wanted):
-        states = torch.ones(2, 16)
-        one.step(states, torch.ones(1, 4), torch.zeros(1, 4), torch.zeros(2, 2, 1, 4), torch.zeros(2, 2, 1, 4))
-        results.append(states)
-    assert torch.equal(*results)
-
-
-def test_factors_without_rows_or_columns_give_zeros() -> None:
-    generator = Generator().manual_seed(0)
-    for rows, columns in ((0, 65), (31, 0)):
-        for packed in (
-            planes(generator, "input", columns, rows, 2),
-            planes(generator, "output", rows, columns, 2),
-            graded(generator, "input", rows, columns),
-            graded(generator, "output", columns, rows),
-            signs(generator, rows, columns, 0),
-        ):
-            for count in (1, 40):
-                got = kernel_of(packed).packed(torch.ones(count, columns))
-                assert got.shape == (count, rows) and not got.any()
-            assert isinstance(packed, Planes) or packed.unpack().shape == (packed.batch, rows, columns)

@@ -84,7 +84,7 @@ class Graded(Packed):
         """Along each direction."""
         return self.columns if self.side == "input" else self.rows
 
-    def unpack_to(self, out: Tensor, index: Tensor | None = None) -> None:
+    def _unpack_to(self, out: Tensor, index: Tensor | None) -> None:
         assert self.codes is not None and self.scale_codes is not None and self.scale_grid is not None
         pick = slice(None) if index is None else index
         codes, scales = self.codes[pick], decode(self.scale_codes[pick], self.scale_grid[pick])

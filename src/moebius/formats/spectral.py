@@ -75,7 +75,7 @@ class Spectral(Packed):
             widths=pack(widths, 4), payload=payload, row_scales=None if row_scales is None else row_scales.half().contiguous()
         )
 
-    def unpack_to(self, out: Tensor, index: Tensor | None = None) -> None:
+    def _unpack_to(self, out: Tensor, index: Tensor | None) -> None:
         assert self.widths is not None and self.payload is not None
         widths = unpack(self.widths, 4, self.directions)
         index = torch.arange(self.batch, device=widths.device) if index is None else index
@@ -111,7 +111,7 @@ class Spectral(Packed):
             return
         widths = unpack(self.widths, 4, self.directions)
         taken = sum(self.record_bytes(bits) * len(units) for bits, units, _ in self.sections(widths))
-        if int(widths.max()) > MAX_BITS or taken > self.payload_bytes:
+        if (self.directions and int(widths.max()) > MAX_BITS) or taken > self.payload_bytes:
             raise CheckpointError(f"{where}.widths: ask for {taken} bytes of codes, wanted at most {self.payload_bytes}")
 
     def expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
