@@ -11,7 +11,7 @@ SANITIZED := tests/kernels/test_agreement.py tests/kernels/test_borders.py tests
 
 LOWEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 
-.PHONY: demo test lowest kills sanitize warnings check style bench clean
+.PHONY: demo test lowest kills fuzz sanitize warnings check style bench clean
 
 demo: $(READY)  ## the reference model from 16 bit to one, with a table, a figure and what each model writes
 	rm -rf demo
@@ -27,6 +27,9 @@ lowest: $(READY)  ## loading and quantizing with the lowest transformers that py
 
 kills: $(READY)  ## 210 runs that are killed at file-system operations and finished: the bytes of a run that was not stopped
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kills --count 70
+
+fuzz: $(READY)  ## 10,000 packed checkpoints with something changed: each is refused in words or runs
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.mutate --count 10000
 
 sanitize: $(READY)  ## the kernel tests with C++ under the address and the undefined-behavior sanitizer (g++ or clang++)
 	$(CONFIGURE) -B build/sanitize -DMOEBIUS_SANITIZE=ON -DMOEBIUS_WARNINGS=ON

@@ -15,6 +15,9 @@ from moebius import native
 from moebius.kernels import choice
 from moebius.kernels.routed_experts.experts import PackedExperts, Run
 
+#: Formats that every backend but the definition refuses, although checkpoints of the default method may have them.
+_WITHOUT_KERNELS = ("trellis",)
+
 
 def prepare(experts: PackedExperts) -> Run:
     """The layer in the hands of the backend that suits it. It reads these tensors as long as it lives.
@@ -52,5 +55,8 @@ def _module(name: str) -> ModuleType | str:
 
 def _tell(name: str, experts: PackedExperts, reason: str) -> None:
     level = f" ({native.level()})" if name == "cpu" else ""
-    formats = f"{experts.gate_up.factor.name} and {experts.down.factor.name}"
-    choice.tell_once(f"experts of {formats}: {name} kernels{level}, because {reason}")
+    formats = [experts.gate_up.factor.name, experts.down.factor.name]
+    choice.tell_once(f"experts of {' and '.join(formats)}: {name} kernels{level}, because {reason}")
+    if any(name in _WITHOUT_KERNELS for name in formats):
+        told = "experts of trellis codes have no kernels yet: they are unpacked in plain PyTorch for every batch of tokens, "
+        choice.tell_once(told + "which is slow; codes=planes has kernels", warn=True)
