@@ -21,6 +21,7 @@ from moebius.formats.integers import Integers
 from moebius.formats.planes import Planes
 from moebius.formats.signs import Signs
 from moebius.formats.spectral import Spectral
+from moebius.formats.trellis import Trellis
 from moebius.kernels import choice, packed_linear
 from moebius.kernels.cpu_factors import kernel_of
 from moebius.kernels.decoder_layer import DecoderLayer, GatedMlp, Matrix, RoutedExperts
@@ -56,6 +57,7 @@ def of_every_format(batch: int, rows: int, columns: int) -> list[Packed]:
         Planes(*shape, "output", 0),
         Spectral(*shape),
         Spectral(*shape, True, row_scaled=True),
+        Trellis(*shape),
     ]
     if not rows * columns:
         found += [
@@ -65,7 +67,7 @@ def of_every_format(batch: int, rows: int, columns: int) -> list[Packed]:
             Graded(*shape, "input", f"8:{rows}" if rows else ""),
             Graded(*shape, "output", f"8:{columns}" if columns else ""),
             GroupedSigns(*shape),
-            GroupedSigns(*shape, salient=min(2, columns), column_scaled=True),
+            GroupedSigns(*shape, column_scaled=True),
             Integers(*shape),
             Integers(*shape, 3, 4, True),
             Signs(*shape),
@@ -79,7 +81,7 @@ SHAPES = [(0, 8), (8, 0), (0, 0), (8, 8)]
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
 def test_nothing_unpacks_to_zeros(rows: int, columns: int) -> None:
     for packed in of_every_format(3, rows, columns):
-        assert packed.is_zero() == (isinstance(packed, Planes) or not rows * columns)
+        assert packed.is_zero() == (isinstance(packed, (Planes, Trellis)) or not rows * columns)
         for index, count in ((None, 3), (torch.tensor([2, 0]), 2), (torch.zeros(0, dtype=torch.int64), 0)):
             got = packed.unpack(index)
             assert got.shape == (count, rows, columns) and not got.any(), packed

@@ -90,9 +90,13 @@ class Trellis(Packed):
         if self.rates.is_meta:
             return
         rates = self.each_rate()
-        if int(rates.max()) > MOST_RATE or int(rates.sum()) != self.code_rows:
+        most = int(rates.max()) if rates.numel() else 0
+        if most > MOST_RATE or int(rates.sum()) != self.code_rows:
             wanted = f"rates of up to {MOST_RATE} bits that add up to {self.code_rows}"
-            raise CheckpointError(f"{where}.rates: got up to {int(rates.max())}, {int(rates.sum())} in all, wanted {wanted}")
+            raise CheckpointError(f"{where}.rates: got up to {most}, {int(rates.sum())} in all, wanted {wanted}")
+
+    def is_zero(self) -> bool:
+        return self.code_rows == 0
 
     def each_rate(self, index: Tensor | None = None) -> Tensor:
         """Bits per entry of every column, int64 (chosen, columns)."""

@@ -35,11 +35,13 @@ class Kernel(ABC):
 
     Attributes:
         factor: the extension's own object. It reads the tensors in ``held``.
+        copied: what of the stored tensors is held in another form: what is written to them later is not seen here.
     """
 
     factor: Any
     held: tuple[Tensor, ...]
     rows: int
+    copied: tuple[Tensor, ...] = ()
 
     def has_tiles(self) -> bool:
         """Whether the extension multiplies any number of inputs fast, by tiles."""
@@ -59,6 +61,13 @@ class Kernel(ABC):
         outputs = torch.empty(len(inputs) * slots_per_input, self.rows)
         self.factor.apply(inputs.contiguous(), outputs, slots, slots_per_input, torch.get_num_threads())
         return outputs
+
+    def _as_stored(self, tensor: Tensor) -> Tensor:
+        """A stored tensor that is read where it lies. Its memory stays, whatever memory the tensor is given later."""
+        held = tensor.detach().contiguous()
+        if held.data_ptr() != tensor.data_ptr():
+            self.copied += (tensor,)
+        return held
 
     @abstractmethod
     def dense(self, matrix: int, inputs: Tensor, dtype: torch.dtype) -> Tensor:
@@ -80,7 +89,8 @@ class _Planes(Kernel):
         self.rows, self.shape = packed.rows, (packed.directions, packed.entries)
         self.input = packed.side == "input"
         self.entry_scales = packed.entry_scales()
-        self.held = packed.widths.contiguous(), packed.signs.contiguous(), self.entry_scales, packed.direction_scales()
+        self.copied = tuple(tensor for name, tensor in packed.tensors().items() if name != "signs")
+        self.held = packed.widths.contiguous(), self._as_stored(packed.signs), self.entry_scales, packed.direction_scales()
         self.factor = native.extension().planes(self.input, *self.held, amplitudes())
 
     def dense(self, matrix: int, inputs: Tensor, dtype: torch.dtype) -> Tensor:
@@ -98,7 +108,8 @@ class _Signs(Kernel):
         assert packed.signs is not None and packed.row_scales is not None and packed.column_scales is not None
         self.rows, self.columns, self.salient = packed.rows, packed.columns, packed.salient
         self.row_scales, self.column_scales = packed.row_scales.float(), packed.column_scales.float()
-        self.held = packed.signs.contiguous(), self.row_scales.contiguous(), self.column_scales.contiguous()
+        self.copied = tuple(tensor for name, tensor in packed.tensors().items() if name not in ("signs", "salient_signs"))
+        self.held = self._as_stored(packed.signs), self.row_scales.contiguous(), self.column_scales.contiguous()
         if packed.salient:
             assert packed.salient_mask is not None and packed.salient_signs is not None
             assert packed.salient_column_scales is not None
@@ -109,7 +120,7 @@ class _Signs(Kernel):
                     "each; the file is damaged, fetch it again"
                 )
             self.picked = self.picked.view(packed.batch, packed.salient)
-            self.second, self.second_scales = packed.salient_signs.contiguous(), packed.salient_column_scales.float()
+            self.second, self.second_scales = self._as_stored(packed.salient_signs), packed.salient_column_scales.float()
             self.held += self.picked, self.second, self.second_scales.contiguous()
         salient = self.held[3:] or (None, None, None)
         self.factor = native.extension().signs(packed.columns, *self.held[:3], *salient)
@@ -127,9 +138,10 @@ class _Codes(Kernel):
     """One matrix whose directions have a scale each: ``runs`` of bits, and how many directions have them."""
 
     def __init__(self, packed: Packed, codes: Tensor, scales: Tensor, runs: list[tuple[int, int]], side: str) -> None:
+        self.copied = tuple(tensor for name, tensor in packed.tensors().items() if name != "codes")
         self.rows, self.input = packed.rows, side == "input"
         self.shape = (packed.rows, packed.columns) if self.input else (packed.columns, packed.rows)
-        self.held = codes.flatten().contiguous(), scales.float().flatten().contiguous()
+        self.held = self._as_stored(codes).flatten(), scales.float().flatten().contiguous()
         self.factor = native.extension().codes(self.input, self.shape[1], runs, *self.held)
 
     def dense(self, matrix: int, inputs: Tensor, dtype: torch.dtype) -> Tensor:

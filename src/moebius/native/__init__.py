@@ -7,9 +7,12 @@ takes, and ``csrc/`` for what it does.
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from moebius.errors import KernelError
 
@@ -64,3 +67,29 @@ def has_tiles() -> bool:
 def product_dtype(inputs: torch.dtype) -> torch.dtype:
     """What dense products for these inputs are computed in: bf16 only where that is asked for and fast."""
     return torch.bfloat16 if inputs == torch.bfloat16 and _extension.multiplies_bf16() else torch.float32
+
+
+class Contents:
+    """Tensors that a kernel holds something made of, and what they held when it took them.
+
+    Their bytes are looked at, which costs about a tenth of a nanosecond each: a write through ``.data``, through NumPy or to an
+    inference tensor raises no version. On a GPU a look would wait for all that is under way, and is left out.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        parts = [_bytes_of(tensor) for tensor in tensors if tensor.device.type == "cpu"]
+        self._look: Callable[[], Any] = lambda: [zlib.crc32(part.numpy().tobytes()) for part in parts]
+        if _extension:
+            self._look = _extension.Contents(parts).fingerprint
+        self._found = self._look()
+
+    def unchanged(self) -> bool:
+        """Whether they hold the same."""
+        return bool(self._look() == self._found)
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """The memory of a tensor, flat; where there are gaps, all of it that it is part of."""
+    if tensor.is_contiguous():
+        return tensor.detach().reshape(-1).view(torch.uint8)
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())

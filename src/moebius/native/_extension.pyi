@@ -124,3 +124,9 @@ def place_heads(
     sines: Tensor | None,
     threads: int,
 ) -> None: ...
+
+class Contents:
+    """What flat uint8 tensors hold, as one number that any write changes."""
+
+    def __init__(self, bytes: Sequence[Tensor]) -> None: ...
+    def fingerprint(self) -> int: ...

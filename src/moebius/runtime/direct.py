@@ -7,6 +7,7 @@ next token needs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -60,11 +61,11 @@ class DirectForward:
     def __init__(self, model: Any) -> None:
         _check_model(model)
         body = model.model
-        self._model, self._watched = model, Watched(model.modules())
         self._embeddings, self._rotary = body.embed_tokens, body.rotary_emb
         self._layers = [_layer(layer, model.config) for layer in body.layers]
         self._norm, self._epsilon = body.norm.weight.detach().float().contiguous(), float(body.norm.variance_epsilon)
         self._head = _matrix(model.lm_head)
+        self._model, self._watched = model, Watched(model.modules(), _copied(model))
 
     def holds(self) -> bool:
         """Whether no tensor of the model was replaced or written to since, and nobody watches its modules."""
@@ -113,6 +114,16 @@ class DirectForward:
             else:
                 states = read(layer, states, (cosines, sines), *room, only_last=layer is self._layers[-1])
         return self._head(normalize(states, self._norm, self._epsilon))
+
+
+def _copied(model: nn.Module) -> Iterator[Tensor]:
+    """What the layers may hold something made of: norms, biases, and what the kernels of packed modules do."""
+    yield from (tensor for tensor in model.parameters() if tensor.dim() < 2)
+    for module in model.modules():
+        if isinstance(module, PackedExpertsMixin):
+            yield from ready_experts(module).copied
+        elif isinstance(module, PackedLinearMixin):
+            yield from ready_linear(module).copied
 
 
 def _check_model(model: Any) -> None:

@@ -81,7 +81,9 @@ class ReadyExperts:
         parents += [(holder, "act_fn") for holder in (module._modules, vars(module)) if "act_fn" in holder]
         self.modules = [(holder, name, holder[name]) for holder, name in parents]
         # The module itself holds the biases that are its own.
-        self.buffers = Watched([module, *(part for _, _, part in self.modules if isinstance(part, nn.Module))])
+        parts = [part for _, _, part in self.modules if isinstance(part, nn.Module)]
+        self.copied = *self.run.copied, *(t for p in packed_projections(module) if p.bias for t in p.bias.tensors().values())
+        self.buffers = Watched([module, *parts], self.copied)
 
     def holds(self) -> bool:
         """Whether no module and no buffer was replaced or written to since."""

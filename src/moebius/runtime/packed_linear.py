@@ -95,7 +95,8 @@ def ready_linear(module: PackedLinearMixin) -> Linear:
     """The layer in the hands of its kernel, prepared once for as long as its tensors stay."""
     found = _READY.get(module)
     if found is None or not found[0].unchanged():
-        found = _READY[module] = Watched([module]), prepare(packed_of(module))
+        run = prepare(packed_of(module))
+        found = _READY[module] = Watched([module], run.copied), run
     return found[1]
 
 

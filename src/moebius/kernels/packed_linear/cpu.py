@@ -50,9 +50,14 @@ class CpuLinear:
     def __init__(self, weight: Packed) -> None:
         assert isinstance(weight, Integers) and weight.codes is not None and weight.scales is not None
         self.weight, self.rows, self.columns = weight, weight.rows, weight.columns
-        self.held = weight.codes.contiguous(), weight.scales.contiguous()
+        # Whatever memory the tensors are given later, theirs of now stays.
+        self.held = weight.codes.detach().contiguous(), weight.scales.detach().contiguous()
         # As rows of bytes, for products of many inputs.
         self.bytes = kernel_of(weight) if weight.bits == 8 else None
+        copied = [
+            t for t, held in zip((weight.codes, weight.scales), self.held, strict=True) if t.data_ptr() != held.data_ptr()
+        ]
+        self.copied = (*copied, *(self.bytes.copied if self.bytes is not None else ()))
         codes, scales = (tensor.squeeze(0) for tensor in self.held)
         self.linear = native.extension().PackedLinear(weight.columns, weight.bits, _group_size(weight), codes, scales)
 

@@ -16,7 +16,14 @@ BACKENDS = ("cpu", "reference")
 
 
 class Linear(Protocol):
-    """A packed linear layer, ready to run."""
+    """A packed linear layer, ready to run. It reads the tensors of the layer as they lie in memory.
+
+    Attributes:
+        copied: but of these it holds something made of them: once they are written to, prepare the layer anew.
+    """
+
+    @property
+    def copied(self) -> tuple[Tensor, ...]: ...
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """See :func:`moebius.kernels.packed_linear.reference.packed_linear`."""
@@ -37,4 +44,4 @@ def prepare(weight: Packed) -> Linear:
     asked = asked if not asked or asked in BACKENDS else "reference"
     name, reason = choice.choose(BACKENDS, lambda name: cpu.refusal(weight) if name == "cpu" else None, asked)
     choice.tell_once(f"linear layers of {weight.name}: {name} kernels, because {reason}")
-    return cpu.CpuLinear(weight) if name == "cpu" else lambda inputs: reference.packed_linear(inputs, weight)
+    return cpu.CpuLinear(weight) if name == "cpu" else reference.DefinedLinear(weight)

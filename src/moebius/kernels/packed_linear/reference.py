@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from moebius.errors import KernelError, ShapeError
 from moebius.formats import Packed
+
+
+@dataclass(frozen=True, eq=False)
+class DefinedLinear:
+    """:func:`packed_linear` of a matrix, unpacked anew for every call."""
+
+    weight: Packed
+    copied: tuple[Tensor, ...] = ()
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        return packed_linear(inputs, self.weight)
 
 
 def packed_linear(inputs: Tensor, weight: Packed) -> Tensor:

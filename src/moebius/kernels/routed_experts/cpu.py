@@ -44,6 +44,7 @@ class CpuExperts:
     Attributes:
         compiled: the extension's own object of the whole layer; None where a shared factor has no kernel, there are biases, or
             the activation is not SiLU of the first half of the channels times the second.
+        copied: see :class:`moebius.kernels.routed_experts.experts.Run`.
     """
 
     def __init__(self, experts: PackedExperts) -> None:
@@ -59,6 +60,7 @@ class CpuExperts:
             "down.left": down.left,
         }
         self.shared = {name: kernel_of(packed) for name, packed in shared.items() if packed is not None}
+        self.copied = tuple(t for kernel in (self.gate_up, self.down, *self.shared.values()) for t in kernel.copied)
         self.compiled: Any = None
         has_kernels = not any(isinstance(kernel, Unpacked) for kernel in self.shared.values())
         has_silu = recognize(experts.activation, gate_up.shape[1]) == ("silu", True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,9 +14,34 @@ from moebius.formats import PackedProjection
 
 #: What an index may be.
 _INDICES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-#: One layer, ready to run: hidden states (tokens, hidden), indices of experts and their weights (tokens, top_k), to (tokens,
-#: hidden). See :func:`moebius.kernels.routed_experts.reference.routed_experts`.
-Run = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Run(Protocol):
+    """One layer, ready to run. It reads the tensors of the layer as they lie in memory.
+
+    Attributes:
+        copied: but of these it holds something made of them: once they are written to, prepare the layer anew.
+    """
+
+    @property
+    def copied(self) -> tuple[Tensor, ...]: ...
+
+    def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Hidden states (tokens, hidden), indices of experts and their weights (tokens, top_k), to (tokens, hidden).
+
+        See :func:`moebius.kernels.routed_experts.reference.routed_experts`.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A :class:`Run` made of a function."""
+
+    function: Callable[[Tensor, Tensor, Tensor], Tensor]
+    copied: tuple[Tensor, ...] = ()
+
+    def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return self.function(hidden, top_k_index, top_k_weights)
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from moebius.formats import Packed
 from moebius.kernels.choice import wants_gradients
-from moebius.kernels.routed_experts.experts import PackedExperts, Run
+from moebius.kernels.routed_experts.experts import PackedExperts, Prepared, Run
 
 #: Weights that are unpacked at a time: 16 MiB of float32. One expert is unpacked at least.
 _UNPACKED_WEIGHTS = 1 << 22
@@ -22,7 +23,7 @@ def refusal(experts: PackedExperts) -> str | None:
 
 def prepare(experts: PackedExperts) -> Run:
     """:func:`routed_experts` of these experts."""
-    return lambda hidden, top_k_index, top_k_weights: routed_experts(hidden, top_k_index, top_k_weights, experts)
+    return Prepared(partial(routed_experts, experts=experts))
 
 
 def routed_experts(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, experts: PackedExperts) -> Tensor:

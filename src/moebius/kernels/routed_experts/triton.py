@@ -9,6 +9,7 @@ kernels and made the tables.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,9 +29,9 @@ from moebius.kernels.amplitudes import amplitudes
 from moebius.kernels.routed_experts import reference
 from moebius.kernels.routed_experts import triton_kernels as kernels
 from moebius.kernels.routed_experts.activations import ACTIVATIONS, recognize
-from moebius.kernels.routed_experts.experts import PackedExperts, Run
+from moebius.kernels.routed_experts.experts import PackedExperts, Prepared, Run
 from moebius.kernels.routed_experts.triton_route import Route, route_of, triton_type
-from moebius.kernels.routed_experts.triton_tables import as_words, directory_of, picked_columns, remembered, words_of
+from moebius.kernels.routed_experts.triton_tables import as_words, directory_of, forget, picked_columns, remembered, words_of
 
 #: Programs that keep a large GPU busy. A number for each device would sum in another order on each.
 _BUSY = 512
@@ -51,7 +52,17 @@ def prepare(experts: PackedExperts) -> Run:
     """
     act = recognize(experts.activation, experts.gate_up.shape[1])
     assert act is not None
-    return partial(_routed_experts, experts, act)
+    copied = tuple(_tabulated(experts))
+    forget(copied)
+    return Prepared(partial(_routed_experts, experts, act), copied)
+
+
+def _tabulated(experts: PackedExperts) -> Iterator[Tensor]:
+    """Stored tensors that tables are made of."""
+    for projection in (experts.gate_up, experts.down):
+        for name, part in projection.parts().items():
+            kept = {"widths", "salient_mask"} if name == "factor" else {"scales", "scale_codes", "scale_grid"}
+            yield from (tensor for name, tensor in part.tensors().items() if name in kept)
 
 
 def _routed_experts(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,12 @@ def remembered(key: Tensor | None, make: Callable[[], Any], other: Tensor | None
     if known is None or known[0] != stamp:
         known = _TABLES[key] = (stamp, make())
     return known[1]
+
+
+def forget(keys: Iterable[Tensor]) -> None:
+    """Make what is remembered of these tensors anew: they may have been written to without a trace."""
+    for key in keys:
+        _TABLES.pop(key, None)
 
 
 def _version(tensor: Tensor | None) -> tuple[int, int]:

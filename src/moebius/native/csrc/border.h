@@ -64,5 +64,6 @@ void bind_levels(nb::module_& m);
 void bind_factors(nb::module_& m);
 void bind_linear(nb::module_& m);
 void bind_decoder(nb::module_& m);
+void bind_contents(nb::module_& m);
 
 }  // namespace moebius

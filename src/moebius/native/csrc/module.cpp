@@ -20,4 +20,5 @@ NB_MODULE(_extension, m) {
   bind_factors(m);
   bind_linear(m);
   bind_decoder(m);
+  bind_contents(m);
 }

@@ -26,7 +26,11 @@ constexpr float kUnits[kMostPlanes + 1] = {0,           0.01063846f, 0.01510323f
 class Planes : public Factor {
  public:
   Planes(const PlanesTensors& tensors, int rows, int columns)
-      : Factor(tensors.batch, rows, columns), t_(tensors), stride_(bytes_of(tensors.entries, 1)), first_(tensors.batch + 1) {
+      : Factor(tensors.batch, rows, columns),
+        t_(tensors),
+        stride_(bytes_of(tensors.entries, 1)),
+        widths_(tensors.widths, tensors.widths + static_cast<size_t>(tensors.batch) * tensors.planes),
+        first_(tensors.batch + 1) {
     for (int e = 0; e < t_.batch; ++e) {
       first_[e + 1] = first_[e];
       for (int p = 0; p < t_.planes; ++p) first_[e + 1] += width(e, p);
@@ -34,7 +38,7 @@ class Planes : public Factor {
   }
 
  protected:
-  int width(int e, int p) const { return p < t_.planes ? t_.widths[e * t_.planes + p] : 0; }
+  int width(int e, int p) const { return p < t_.planes ? widths_[static_cast<size_t>(e) * t_.planes + p] : 0; }
   int sign_rows(int e) const { return static_cast<int>(first_[e + 1] - first_[e]); }
   const uint8_t* signs(int e) const { return t_.signs + first_[e] * stride_; }
   const float* entry_scales(int e) const { return t_.entry_scales + static_cast<size_t>(e) * t_.entries; }
@@ -99,6 +103,7 @@ class Planes : public Factor {
 
   const PlanesTensors t_;
   const size_t stride_;
+  const std::vector<int16_t> widths_;  // those that were checked, whatever is written to the tensor later
   std::vector<int64_t> first_;
 };
 
