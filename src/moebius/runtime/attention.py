@@ -14,6 +14,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from moebius.kernels.choice import tell_once
+
 #: What transformers calls it.
 NAME = "moebius_sdpa"
 #: Model types whose attention is a softmax of scaled products under a mask, whatever name it is called by. Others ask for the
@@ -26,9 +28,16 @@ _PLAIN_OPTIONS |= {"output_attentions", "output_hidden_states", "output_router_l
 
 def use_single_query_attention(model: PreTrainedModel) -> None:
     """Let a model on the CPU of a kind in :data:`KNOWN` that attends through ``sdpa`` use :func:`attend`; others stay."""
-    known = getattr(model.config, "model_type", None) in KNOWN and type(model).__module__.startswith("transformers.models.")
-    if known and model.device.type == "cpu" and model.config._attn_implementation == "sdpa":
+    if model.device.type != "cpu" or model.config._attn_implementation != "sdpa":
+        return
+    kind = getattr(model.config, "model_type", None)
+    if kind in KNOWN and type(model).__module__.startswith("transformers.models."):
         model.set_attn_implementation(NAME)
+    else:
+        told = (
+            f"attention of {kind} stays transformers' own, which takes longer for single tokens: it is not known to be a plain"
+        )
+        tell_once(f"{told} softmax of products; nothing has to be done, the tokens are the same", warn=True)
 
 
 def attend(
@@ -38,8 +47,11 @@ def attend(
 
     Several queries, and options that may change what is computed, are left to it.
     """
-    plain = all(value is None or name in _PLAIN_OPTIONS or (name == "dropout" and not value) for name, value in options.items())
-    if query.shape[2] != 1 or query.device.type != "cpu" or not plain:
+    other = [name for name, value in options.items() if not _is_plain(name, value)]
+    if other and query.shape[2] == 1:
+        told = f"attention is left to transformers, which takes longer for single tokens: {', '.join(other)} may change it"
+        tell_once(f"{told}; nothing has to be done, the tokens are the same", warn=True)
+    if query.shape[2] != 1 or query.device.type != "cpu" or other:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     batch, heads, _, width = query.shape
     scaling = options.get("scaling")
@@ -50,6 +62,10 @@ def attend(
         scores = scores + _bias(attention_mask, scores)
     states = scores.softmax(-1) @ value.float()
     return states.reshape(batch, 1, heads, value.shape[3]).to(value.dtype), None
+
+
+def _is_plain(name: str, value: Any) -> bool:
+    return value is None or name in _PLAIN_OPTIONS or (name == "dropout" and not value)
 
 
 def _bias(mask: Tensor, scores: Tensor) -> Tensor:

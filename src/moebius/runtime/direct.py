@@ -17,9 +17,12 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import output_capturing
 
+from moebius import native
 from moebius.errors import KernelError
+from moebius.kernels.choice import forced, tell_once
 from moebius.kernels.decoder_layer import (
     DTYPES,
+    NOT_ON_CPU,
     Attention,
     DecoderLayer,
     GatedMlp,
@@ -53,6 +56,16 @@ def direct_forward(model: PreTrainedModel) -> DirectForward | str:
         return DirectForward(model)
     except _UnlikeError as error:
         return str(error)
+
+
+def tell_of_slow_layers(model: PreTrainedModel, reason: str) -> None:
+    """Warn, once for each cause, that a packed model on the CPU goes through transformers' modules."""
+    packed = any(isinstance(module, PackedExpertsMixin) for module in model.modules())
+    # What keeps the experts from their kernels was said when they were prepared, or asked for.
+    if packed and model.device.type == "cpu" and not forced() and not native.missing() and NOT_ON_CPU not in reason:
+        kind = getattr(model.config, "model_type", type(model).__name__)
+        told = f"tokens go through transformers' modules in place of C++ layers, which is slower, with {kind}: {reason}"
+        tell_once(f"{told}; nothing has to be done, the tokens are the same", warn=True)
 
 
 class DirectForward:
@@ -127,6 +140,8 @@ def _copied(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _check_model(model: Any) -> None:
+    if (missing := native.missing()) is not None:
+        raise _UnlikeError(missing)
     if model.device.type != "cpu":
         raise _UnlikeError(f"the model is on {model.device.type}, wanted cpu")
     kind = getattr(model.config, "model_type", None)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moebius.formats import Packed, PackedProjection
-from moebius.kernels.choice import tell_once, wants_gradients
+from moebius.kernels.choice import tell_of_gradients, wants_gradients
 from moebius.kernels.routed_experts import PackedExperts, prepare, reference
 from moebius.runtime.packed_module import PackedMixin, PackedTensors, Watched, packed_of, swap
 from moebius.types import ExpertsLayout
@@ -41,7 +41,7 @@ class PackedExpertsMixin(PackedMixin):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As transformers' experts: (tokens, hidden), (tokens, top_k), (tokens, top_k) to (tokens, hidden)."""
         if wants_gradients(hidden_states, top_k_weights, *_own_biases(self)):
-            tell_once("gradients are taken through packed experts: they are unpacked in plain PyTorch, which is slower")
+            tell_of_gradients()
             return reference.routed_experts(hidden_states, top_k_index, top_k_weights, packed_experts(self))
         return ready_experts(self).run(hidden_states, top_k_index, top_k_weights)
 

@@ -2,6 +2,7 @@
 
 from moebius.kernels.decoder_layer.cpu import (
     DTYPES,
+    NOT_ON_CPU,
     Attention,
     DecoderLayer,
     GatedMlp,
@@ -16,6 +17,7 @@ from moebius.kernels.decoder_layer.prompt import read
 
 __all__ = [
     "DTYPES",
+    "NOT_ON_CPU",
     "Attention",
     "DecoderLayer",
     "GatedMlp",

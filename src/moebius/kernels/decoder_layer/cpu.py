@@ -20,6 +20,8 @@ from moebius.kernels.routed_experts.cpu import CpuExperts
 
 #: What dense matrices, keys and values may be stored as.
 DTYPES = (torch.float32, torch.bfloat16)
+#: Why experts of another backend cannot be part of a layer.
+NOT_ON_CPU = "its experts do not run on the cpu kernels"
 
 
 class Matrix:
@@ -140,7 +142,7 @@ class RoutedExperts:
 def refusal(experts: Run) -> str | None:
     """What keeps prepared experts from being part of a layer, in words; None if nothing does."""
     if not isinstance(experts, CpuExperts):
-        return "its experts do not run on the cpu kernels"
+        return NOT_ON_CPU
     if experts.compiled is None:
         return "its experts have biases, another activation than gates in SiLU, or shared factors without a kernel"
     return None

@@ -15,8 +15,12 @@ from moebius import native
 from moebius.kernels import choice
 from moebius.kernels.routed_experts.experts import PackedExperts, Run
 
-#: Formats that every backend but the definition refuses, although checkpoints of the default method may have them.
-_WITHOUT_KERNELS = ("trellis",)
+#: What to do where the kernels of a device, or all, do not take a format.
+_ADVICE = {
+    "trellis": "codes=planes has kernels",
+    "cpu": "experts of planes and of signs have kernels (methods moebius and mobie); or moebius.dequantize(model), if memory allows",
+    "triton": "pip install triton, if it is missing; or moebius.dequantize(model), if memory allows",
+}
 
 
 def prepare(experts: PackedExperts) -> Run:
@@ -55,8 +59,10 @@ def _module(name: str) -> ModuleType | str:
 
 def _tell(name: str, experts: PackedExperts, reason: str) -> None:
     level = f" ({native.level()})" if name == "cpu" else ""
-    formats = [experts.gate_up.factor.name, experts.down.factor.name]
-    choice.tell_once(f"experts of {' and '.join(formats)}: {name} kernels{level}, because {reason}")
-    if any(name in _WITHOUT_KERNELS for name in formats):
-        told = "experts of trellis codes have no kernels yet: they are unpacked in plain PyTorch for every batch of tokens, "
-        choice.tell_once(told + "which is slow; codes=planes has kernels", warn=True)
+    formats = dict.fromkeys((experts.gate_up.factor.name, experts.down.factor.name))
+    of = f"experts of {' and '.join(formats)}"
+    choice.tell_once(f"{of}: {name} kernels{level}, because {reason}")
+    if name == "reference" and not choice.forced():
+        fast = "cpu" if experts.devices() == {"cpu"} else "triton"
+        why = _refusal(fast, experts, forced=False)
+        choice.tell_unpacked(of, why or reason, next(filter(None, map(_ADVICE.get, formats)), _ADVICE[fast]))
