@@ -131,7 +131,7 @@ def test_every_format_speaks_for_itself(told: pytest.LogCaptureFixture) -> None:
 
 
 @needs_kernels
-def test_what_was_asked_for_is_not_told(
+def test_what_was_asked_for_is_not_news(
     told: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     model = packed("olmoe", tmp_path, "int8")
@@ -164,6 +164,7 @@ def test_gradients(told: pytest.LogCaptureFixture) -> None:
 @needs_kernels
 def test_the_command_line_says_it_once(tmp_path: Path) -> None:
     save_tiny("ernie4_5_moe", tmp_path / "source")  # its tokenizer
+    (tmp_path / "packed").mkdir()
     write_random_checkpoint(tiny_config("ernie4_5_moe"), tmp_path / "packed", Recipe.make("moebius", 2.0), progress=Silent())
     for file in (tmp_path / "source").glob("tokenizer*"):
         (tmp_path / "packed" / file.name).write_bytes(file.read_bytes())

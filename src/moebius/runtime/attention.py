@@ -35,9 +35,9 @@ def use_single_query_attention(model: PreTrainedModel) -> None:
         model.set_attn_implementation(NAME)
     else:
         told = (
-            f"attention of {kind} stays transformers' own, which takes longer for single tokens: it is not known to be a plain"
+            f"attention of {kind} stays transformers' own, which takes longer for single tokens: it may not be a plain softmax"
         )
-        tell_once(f"{told} softmax of products; nothing has to be done, the tokens are the same", warn=True)
+        tell_once(f"{told}; nothing has to be done, the tokens are the same", warn=True)
 
 
 def attend(

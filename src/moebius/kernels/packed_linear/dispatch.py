@@ -45,9 +45,6 @@ def prepare(weight: Packed) -> Linear:
     name, reason = choice.choose(BACKENDS, lambda name: cpu.refusal(weight) if name == "cpu" else None, asked)
     choice.tell_once(f"linear layers of {weight.name}: {name} kernels, because {reason}")
     if name == "reference" and not asked:
-        why, advice = (
-            cpu.refusal(weight) or reason,
-            "--rest int8 and --rest int4 have kernels on the CPU; --rest bf16 needs none",
-        )
-        choice.tell_unpacked(f"linear layers of {weight.name}", why, advice)
+        advice = "--rest int8 and --rest int4 have kernels on the CPU, and --rest bf16 needs none"
+        choice.tell_unpacked(f"linear layers of {weight.name}", cpu.refusal(weight) or reason, advice)
     return cpu.CpuLinear(weight) if name == "cpu" else reference.DefinedLinear(weight)

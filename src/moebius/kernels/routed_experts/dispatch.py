@@ -18,7 +18,7 @@ from moebius.kernels.routed_experts.experts import PackedExperts, Run
 #: What to do where the kernels of a device, or all, do not take a format.
 _ADVICE = {
     "trellis": "codes=planes has kernels",
-    "cpu": "experts of planes and of signs have kernels (methods moebius and mobie); or moebius.dequantize(model), if memory allows",
+    "cpu": "planes and signs have kernels (methods moebius and mobie); or moebius.dequantize(model), if memory allows",
     "triton": "pip install triton, if it is missing; or moebius.dequantize(model), if memory allows",
 }
 
