@@ -213,6 +213,7 @@ def test_nested_planes(hidden: int, inner: int, kept: int, most: int, backend: s
 def planes_case(hidden: int, inner: int, kept: int, most: int) -> tuple[Layer, tuple[Tensor, Tensor, Tensor]]:
     """The same for every level: making it takes longer than testing it."""
     generator = Generator().manual_seed(most)
+    kept = min(kept, 4 * max(hidden, inner), 4 * max(hidden, 2 * inner))  # more is refused
     layer = moebius_layer(generator, hidden, inner, kept, most)
     return layer, inputs(generator, layer, 3, "one without tokens")
 

@@ -168,7 +168,7 @@ def test_the_command_line_says_it_once(tmp_path: Path) -> None:
     write_random_checkpoint(tiny_config("ernie4_5_moe"), tmp_path / "packed", Recipe.make("moebius", 2.0), progress=Silent())
     for file in (tmp_path / "source").glob("tokenizer*"):
         (tmp_path / "packed" / file.name).write_bytes(file.read_bytes())
-    command = [sys.executable, "-m", "moebius.cli", "generate", str(tmp_path / "packed"), "--prompt", "abc", "--new", "3"]
+    command = [sys.executable, "-m", "moebius.cli", "generate", str(tmp_path / "packed"), "--prompt", "abc", "--tokens", "3"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("tokens go through transformers' modules") == 1
