@@ -59,7 +59,7 @@ def _module(name: str) -> ModuleType | str:
 
 def _tell(name: str, experts: PackedExperts, reason: str) -> None:
     level = f" ({native.level()})" if name == "cpu" else ""
-    formats = dict.fromkeys((experts.gate_up.factor.name, experts.down.factor.name))
+    formats = experts.gate_up.factor.name, experts.down.factor.name
     of = f"experts of {' and '.join(formats)}"
     choice.tell_once(f"{of}: {name} kernels{level}, because {reason}")
     if name == "reference" and not choice.forced():
