@@ -7,7 +7,8 @@ CSRC := $(wildcard src/moebius/native/csrc/*)
 CMAKE := PATH="$(abspath $(BIN)):$$PATH" cmake
 CONFIGURE := $(CMAKE) -S . -DSKBUILD_PROJECT_NAME=moebius -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_BUILD_TYPE=Release
 # Tests of the compiled kernels and of what runs through them. Leaks are the interpreter's, and are not looked for.
-SANITIZED := tests/kernels/test_agreement.py tests/kernels/test_borders.py tests/kernels/test_packed_linear.py tests/runtime/test_direct.py
+SANITIZED := $(addprefix tests/kernels/test_,agreement.py borders.py empty.py packed_linear.py random_calls.py) \
+	tests/runtime/test_direct.py tests/runtime/test_writes.py
 
 LOWEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 

@@ -15,6 +15,8 @@ from moebius.errors import KernelError
 
 #: Set to the name of a backend, it is used or an error is raised.
 VARIABLE = "MOEBIUS_KERNEL"
+#: What inputs may be.
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 #: Of any op.
 BACKENDS = ("triton", "cpu", "reference")
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moebius.errors import KernelError, ShapeError
 from moebius.formats import Packed
+from moebius.kernels.choice import FLOATS
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +46,7 @@ def check_call(inputs: Tensor, weight: Packed, *, gradients: bool = False) -> No
     Raises:
         ShapeError, KernelError: as :meth:`moebius.kernels.routed_experts.PackedExperts.check_call`.
     """
-    if inputs.dim() != 2 or inputs.shape[1] != weight.columns or not inputs.is_floating_point():
+    if inputs.dim() != 2 or inputs.shape[1] != weight.columns or inputs.dtype not in FLOATS:
         got = f"{inputs.dtype} {tuple(inputs.shape)}"
         raise ShapeError(f"packed linear layer: got inputs {got}, wanted floats (n, {weight.columns})")
     where = next(iter(weight.tensors().values())).device

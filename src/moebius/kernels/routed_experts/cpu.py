@@ -77,6 +77,8 @@ class CpuExperts:
         return self._run(hidden.detach(), top_k_index, top_k_weights.detach())
 
     def _run(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        if not top_k_index.numel():
+            return hidden.new_zeros(len(hidden), self.packed.down.shape[1])
         few = top_k_index.numel() <= native.extension().FEW_INPUTS
         if self.compiled is not None and (few or native.has_tiles()):
             return self.in_one_call(hidden, top_k_index, top_k_weights)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moebius.errors import KernelError, ShapeError
 from moebius.formats import PackedProjection
+from moebius.kernels.choice import FLOATS
 
 #: What an index may be.
 _INDICES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -104,12 +105,12 @@ class PackedExperts:
             KernelError: gradients are wanted of a backend that has none.
         """
         width = self.gate_up.shape[2]
-        if hidden.dim() != 2 or hidden.shape[1] != width or not hidden.is_floating_point():
+        if hidden.dim() != 2 or hidden.shape[1] != width or hidden.dtype not in FLOATS:
             raise ShapeError(f"hidden states: got {hidden.dtype} {tuple(hidden.shape)}, wanted floats (tokens, {width})")
         if top_k_index.dim() != 2 or len(top_k_index) != len(hidden) or top_k_index.dtype not in _INDICES:
             got = f"{top_k_index.dtype} {tuple(top_k_index.shape)}"
             raise ShapeError(f"indices of experts: got {got}, wanted integers ({len(hidden)}, top_k)")
-        if top_k_weights.shape != top_k_index.shape or not top_k_weights.is_floating_point():
+        if top_k_weights.shape != top_k_index.shape or top_k_weights.dtype not in FLOATS:
             got = f"{top_k_weights.dtype} {tuple(top_k_weights.shape)}"
             raise ShapeError(f"weights of experts: got {got}, wanted floats {tuple(top_k_index.shape)}")
         if any(tensor.layout != torch.strided for tensor in (hidden, top_k_index, top_k_weights)):
