@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 
 from moebius import native
-from moebius.errors import CheckpointError
 from moebius.formats import Packed
 from moebius.formats.bits import unpack, unpack_signs
 from moebius.formats.graded import Graded
 from moebius.formats.integers import Integers
 from moebius.formats.logarithmic import decode
-from moebius.formats.planes import MOST_PLANES, Planes
+from moebius.formats.planes import Planes
 from moebius.formats.signs import Signs
 from moebius.kernels.amplitudes import amplitudes
 
@@ -85,7 +84,6 @@ class Kernel(ABC):
 class _Planes(Kernel):
     def __init__(self, packed: Planes) -> None:
         assert packed.widths is not None and packed.signs is not None
-        _check_widths(packed, packed.widths.long())
         self.rows, self.shape = packed.rows, (packed.directions, packed.entries)
         self.input = packed.side == "input"
         self.entry_scales = packed.entry_scales()
@@ -113,13 +111,8 @@ class _Signs(Kernel):
         if packed.salient:
             assert packed.salient_mask is not None and packed.salient_signs is not None
             assert packed.salient_column_scales is not None
-            self.picked = unpack(packed.salient_mask, 1, packed.columns).nonzero()[:, 1].int()
-            if len(self.picked) != packed.batch * packed.salient:
-                raise CheckpointError(
-                    f"signs: got {len(self.picked)} salient columns in {packed.batch} matrices, wanted {packed.salient} in "
-                    "each; the file is damaged, fetch it again"
-                )
-            self.picked = self.picked.view(packed.batch, packed.salient)
+            marked = unpack(packed.salient_mask, 1, packed.columns).nonzero()[:, 1]
+            self.picked = marked.int().view(packed.batch, packed.salient)
             self.second, self.second_scales = self._as_stored(packed.salient_signs), packed.salient_column_scales.float()
             self.held += self.picked, self.second, self.second_scales.contiguous()
         salient = self.held[3:] or (None, None, None)
@@ -181,17 +174,3 @@ def kernel_of(packed: Packed) -> Kernel:
         assert packed.codes is not None and packed.scales is not None
         return _Codes(packed, packed.codes, packed.scales, [(packed.bits, packed.rows)], "input")
     return Unpacked(packed)
-
-
-def _check_widths(packed: Planes, widths: Tensor) -> None:
-    """Where scales are in their streams comes from the file: damage there must not reach beyond them."""
-    falling = torch.cat([widths.new_full((packed.batch, 1), packed.directions), widths, widths.new_zeros(packed.batch, 1)], 1)
-    first = widths[:, :1].sum(1)
-    counts = int(widths.sum()), int(first.sum()), int((first > 0).sum())
-    wanted = packed.sign_rows, packed.live, packed.live_matrices
-    if bool((falling.diff(dim=1) > 0).any()) or counts != wanted or packed.planes > MOST_PLANES:
-        raise CheckpointError(
-            f"planes: got widths of {counts[0]} rows, {counts[1]} directions and {counts[2]} matrices, wanted {wanted}, none "
-            f"wider than the one before, {packed.directions} directions and {MOST_PLANES} planes at most; the file is damaged, "
-            "fetch it again"
-        )

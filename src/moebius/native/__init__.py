@@ -69,6 +69,12 @@ def product_dtype(inputs: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if inputs == torch.bfloat16 and _extension.multiplies_bf16() else torch.float32
 
 
+def multiplied(matrix: Any, inputs: Tensor, outputs: Tensor) -> Tensor:
+    """``outputs``, into which an object of the extension has written its matrix times the inputs."""
+    matrix.apply(inputs.contiguous(), outputs, torch.get_num_threads())
+    return outputs
+
+
 class Contents:
     """Tensors that a kernel holds something made of, and what they held when it took them.
 

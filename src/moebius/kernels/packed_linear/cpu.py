@@ -69,9 +69,7 @@ class CpuLinear:
             return self(inputs.float()).to(inputs.dtype)
         if len(inputs) > native.extension().FEW_INPUTS:
             return self._many(inputs)
-        outputs = inputs.new_empty(len(inputs), self.rows)
-        self.linear.apply(inputs.contiguous(), outputs, torch.get_num_threads())
-        return outputs
+        return native.multiplied(self.linear, inputs, inputs.new_empty(len(inputs), self.rows))
 
     def _many(self, inputs: Tensor) -> Tensor:
         if self.bytes is not None and self.bytes.has_tiles():

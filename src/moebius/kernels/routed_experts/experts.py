@@ -70,7 +70,6 @@ class PackedExperts:
     def __post_init__(self) -> None:
         for name, projection, bias in (("gate_up", self.gate_up, self.gate_up_bias), ("down", self.down, self.down_bias)):
             projection.check(name)
-            _check_projection(name, projection)
             if bias is not None and tuple(bias.shape) != (self.count, projection.shape[1]):
                 raise ShapeError(f"{name} bias: got {tuple(bias.shape)}, wanted {(self.count, projection.shape[1])}")
         if self.down.factor.batch != self.count:
@@ -129,18 +128,3 @@ class PackedExperts:
             return self.activation(torch.zeros(1, self.gate_up.shape[1], device=self.device)).shape[-1]
         except Exception:  # it speaks for itself when it is called
             return None
-
-
-def _check_projection(name: str, projection: PackedProjection) -> None:
-    factor, left, right = projection.factor, projection.left, projection.right
-    for side, shared in (("left", left), ("right", right)):
-        if shared is not None and shared.batch != 1:
-            raise ShapeError(f"{name}.{side}: got {shared.batch} matrices, wanted one that all experts share")
-    if right is not None and right.rows != factor.columns:
-        raise ShapeError(f"{name}: got a right factor of {right.rows} rows, wanted the {factor.columns} columns of the experts")
-    if left is not None and left.columns != factor.rows:
-        raise ShapeError(f"{name}: got a left factor of {left.columns} columns, wanted the {factor.rows} rows of the experts")
-    wanted = factor.batch, 1, projection.shape[1]
-    if projection.bias is not None and (projection.bias.batch, projection.bias.rows, projection.bias.columns) != wanted:
-        got = (projection.bias.batch, projection.bias.rows, projection.bias.columns)
-        raise ShapeError(f"{name}.bias: got {got}, wanted {wanted}")
