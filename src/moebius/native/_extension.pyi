@@ -124,6 +124,8 @@ def place_heads(
     sines: Tensor | None,
     threads: int,
 ) -> None: ...
+def search_trellis(values: Tensor, scales: Tensor, table: Tensor, rate: int, codes: Tensor) -> None:
+    """Codes, uint8 (n, length), whose levels in the table, float32 (256,), times the scales come nearest to the values."""
 
 class Contents:
     """What flat uint8 tensors hold, as one number that any write changes."""

@@ -65,5 +65,6 @@ void bind_factors(nb::module_& m);
 void bind_linear(nb::module_& m);
 void bind_decoder(nb::module_& m);
 void bind_contents(nb::module_& m);
+void bind_trellis(nb::module_& m);
 
 }  // namespace moebius

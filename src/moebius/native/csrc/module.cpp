@@ -21,4 +21,5 @@ NB_MODULE(_extension, m) {
   bind_linear(m);
   bind_decoder(m);
   bind_contents(m);
+  bind_trellis(m);
 }
