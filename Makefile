@@ -24,7 +24,7 @@ test: $(READY)  ## every test, in parallel
 lowest: $(READY)  ## loading and quantizing with the lowest transformers that pyproject.toml allows
 	rm -rf build/lowest
 	$(BIN)/python -m pip install -q --no-deps --target build/lowest 'transformers==$(LOWEST)'
-	PYTHONPATH=build/lowest $(BIN)/python -m pytest -n 2 --dist loadfile tests/hf tests/pipeline/test_run.py
+	PYTHONPATH=build/lowest $(BIN)/python -m pytest -n 2 --dist loadfile tests/hf tests/pipeline/test_run.py tests/test_private_transformers.py
 
 kills: $(READY)  ## 210 runs that are killed at file-system operations and finished: the bytes of a run that was not stopped
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kills --count 70

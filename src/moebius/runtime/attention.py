@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moebius.kernels.choice import tell_once
+from moebius.private_transformers import attention_of, register_attention, sdpa_attention_forward
 
 #: What transformers calls it.
 NAME = "moebius_sdpa"
@@ -28,14 +26,14 @@ _PLAIN_OPTIONS |= {"output_attentions", "output_hidden_states", "output_router_l
 
 def use_single_query_attention(model: PreTrainedModel) -> None:
     """Let a model on the CPU of a kind in :data:`KNOWN` that attends through ``sdpa`` use :func:`attend`; others stay."""
-    if model.device.type != "cpu" or model.config._attn_implementation != "sdpa":
+    if model.device.type != "cpu" or attention_of(model) != "sdpa":
         return
     kind = getattr(model.config, "model_type", None)
     if kind in KNOWN and type(model).__module__.startswith("transformers.models."):
         model.set_attn_implementation(NAME)
     else:
         told = (
-            f"attention of {kind} stays transformers' own, which takes longer for single tokens: it may not be a plain softmax"
+            f"attention of {kind} stays transformers' own, which takes longer for single tokens: it may not be a softmax alone"
         )
         tell_once(f"{told}; nothing has to be done, the tokens are the same", warn=True)
 
@@ -75,5 +73,4 @@ def _bias(mask: Tensor, scores: Tensor) -> Tensor:
     return mask if mask.dtype != torch.bool else torch.zeros_like(scores).masked_fill_(~mask, -torch.inf)
 
 
-ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
-ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
+register_attention(NAME, attend)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moebius.formats import Packed, PackedProjection
 from moebius.kernels.choice import tell_of_gradients, wants_gradients
 from moebius.kernels.routed_experts import PackedExperts, prepare, reference
+from moebius.private_transformers import gate
 from moebius.runtime.packed_module import PackedMixin, PackedTensors, Watched, packed_of, swap
 from moebius.types import ExpertsLayout
 
@@ -48,10 +49,11 @@ class PackedExpertsMixin(PackedMixin):
 
 def _activation(module: Any) -> Callable[[Tensor], Tensor]:
     """The module's own; it does not keep the module alive."""
-    itself, name = ref(module), "_apply_gate" if packed_layout(module).has_gate else "act_fn"
+    itself, has_gate = ref(module), packed_layout(module).has_gate
 
     def activation(states: Tensor) -> Tensor:
-        activated: Tensor = getattr(itself(), name)(states)
+        module: Any = itself()
+        activated: Tensor = gate(module)(states) if has_gate else module.act_fn(states)
         return activated
 
     return activation
