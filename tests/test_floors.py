@@ -12,7 +12,7 @@ ROOT = Path(moebius.__file__).parent
 FLOORS = {
     0: {"errors", "options", "table", "recipe", "recipe_text", "types", "progress", "memory", "process", "checks"}
     | {"json_file", "source", "reference_model", "unfinished", "callable_package", "private_transformers"},
-    1: {"linalg", "formats"},
+    1: {"linalg", "formats", "native"},
     2: {"basis", "quantize", "allocate", "correct", "kernels"},
     3: {"methods", "models", "checkpoint", "calibrate", "runtime"},
     4: {"pipeline", "hf", "report"},
@@ -69,6 +69,11 @@ def test_the_tree_in_the_readme_has_these_floors() -> None:
 
 def test_packages_import_lower_floors_only() -> None:
     assert violations(ROOT) == []
+
+
+def test_one_package_touches_the_extension() -> None:
+    touching = [path for path in ROOT.rglob("*.py") if "_extension" in path.read_text()]
+    assert {path.relative_to(ROOT).parts[0] for path in touching} == {"native"}
 
 
 def test_a_violation_is_found(tmp_path: Path) -> None:

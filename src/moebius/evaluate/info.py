@@ -80,6 +80,7 @@ def report_layers(folder: Path) -> list[dict[str, Any]]:
         counts = layer.get("tokens_per_expert", [0]) if isinstance(layer, dict) else None
         named = isinstance(layer, dict) and isinstance(layer.get("name"), str)
         named = named and isinstance(layer.get("leaned_on_layer", []), list)
-        if not named or not isinstance(counts, list) or not counts or not all(type(n) is int and 0 <= n < 1 << 63 for n in counts):
+        counted = isinstance(counts, list) and counts and all(type(n) is int and 0 <= n < 1 << 63 for n in counts)
+        if not named or not counted:
             raise CheckpointError(f"{path}: layers hold {str(layer)[:60]!r}, wanted names and counts; fetch it again")
     return layers

@@ -63,9 +63,18 @@ class Packed(ABC):
         self.unpack_to(out, index)
         return out
 
-    @abstractmethod
     def unpack_to(self, out: Tensor, index: Tensor | None = None) -> None:
         """Write what :meth:`unpack` returns to ``out``, float32 (chosen, rows, columns) and contiguous."""
+        if out.numel():  # a budget may leave a factor without rows or columns
+            self._unpack_to(out, index)
+
+    @abstractmethod
+    def _unpack_to(self, out: Tensor, index: Tensor | None) -> None:
+        """:meth:`unpack_to` where there is something to write."""
+
+    def is_zero(self) -> bool:
+        """Whether nothing is stored that its matrices could differ from zero by."""
+        return self.rows * self.columns == 0
 
     @abstractmethod
     def expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -87,7 +87,7 @@ class Codebook(Packed):
         """Codes per row."""
         return -(-self.columns // self.length)
 
-    def unpack_to(self, out: Tensor, index: Tensor | None = None) -> None:
+    def _unpack_to(self, out: Tensor, index: Tensor | None) -> None:
         assert self.codes is not None and self.codebooks is not None
         pick = slice(None) if index is None else index
         codes = unpack(self.codes[pick], self.code_bits, self.vectors).long().flatten(1)  # (chosen, rows * vectors)

@@ -84,7 +84,7 @@ class Graded(Packed):
         """Along each direction."""
         return self.columns if self.side == "input" else self.rows
 
-    def unpack_to(self, out: Tensor, index: Tensor | None = None) -> None:
+    def _unpack_to(self, out: Tensor, index: Tensor | None) -> None:
         assert self.codes is not None and self.scale_codes is not None and self.scale_grid is not None
         pick = slice(None) if index is None else index
         codes, scales = self.codes[pick], decode(self.scale_codes[pick], self.scale_grid[pick])
@@ -92,7 +92,7 @@ class Graded(Packed):
         first = begin = 0
         for grade, count in self.runs():
             width = packed_width(self.entries, grade)
-            block = codes[:, begin : begin + count * width].reshape(-1, count, width)
+            block = codes[:, begin : begin + count * width].reshape(len(codes), count, width)
             mine = slice(first, first + count)
             matrices[:, mine] = (unpack(block, grade, self.entries).float() - (2**grade - 1) / 2) * scales[:, mine, None]
             first, begin = first + count, begin + count * width

@@ -112,7 +112,7 @@ class GroupedSigns(Packed):
         """Blocks of columns, as the salient ones count them."""
         return -(-self.columns // self.salient_block)
 
-    def unpack_to(self, out: Tensor, index: Tensor | None = None) -> None:
+    def _unpack_to(self, out: Tensor, index: Tensor | None) -> None:
         assert self.signs is not None and self.groups is not None and self.row_scales is not None
         pick = slice(None) if index is None else index
         signs = unpack_signs(self.signs[pick], self.columns)

@@ -176,6 +176,9 @@ class Planes(Packed):
         scales[matrix, direction] = decode(codes.unsqueeze(1), self.direction_grids[place[matrix]]).squeeze(1)
         return scales
 
+    def is_zero(self) -> bool:
+        return self.sign_rows == 0
+
     def counts(self, index: Tensor | None = None) -> Tensor:
         """Planes of every direction, (chosen, directions) int64."""
         assert self.widths is not None
@@ -200,7 +203,7 @@ class Planes(Packed):
             levels[matrix, direction] += signs * amplitudes[matrix, direction, plane, None]
         return levels
 
-    def unpack_to(self, out: Tensor, index: Tensor | None = None) -> None:
+    def _unpack_to(self, out: Tensor, index: Tensor | None) -> None:
         values = self.levels(index).mul_(self.direction_scales(index).unsqueeze(2))
         values *= self.entry_scales(index).unsqueeze(1)
         out.copy_(values.mT if self.side == "input" else values)

@@ -49,6 +49,10 @@ class PackedProjection:
             weight = weight @ self.right.unpack()
         return weight
 
+    def is_zero(self) -> bool:
+        """Whether a budget gave it nothing: all its matrices are zero, and nothing is added to what they put out."""
+        return self.bias is None and any(part.is_zero() for part in self.parts().values())
+
     def parts(self) -> dict[str, Packed]:
         """The parts that are there, by name."""
         return {name: part for name in _PARTS if (part := getattr(self, name)) is not None}

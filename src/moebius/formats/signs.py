@@ -91,7 +91,7 @@ class Signs(Packed):
             salient_column_scales=salient_column_scales.gather(1, picked).half().contiguous(),
         )
 
-    def unpack_to(self, out: Tensor, index: Tensor | None = None) -> None:
+    def _unpack_to(self, out: Tensor, index: Tensor | None) -> None:
         assert self.signs is not None and self.row_scales is not None and self.column_scales is not None
         pick = slice(None) if index is None else index
         out.copy_(unpack_signs(self.signs[pick], self.columns))

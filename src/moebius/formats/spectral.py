@@ -74,7 +74,7 @@ class Spectral(Packed):
             widths=pack(widths, 4), payload=payload, row_scales=None if row_scales is None else row_scales.half().contiguous()
         )
 
-    def unpack_to(self, out: Tensor, index: Tensor | None = None) -> None:
+    def _unpack_to(self, out: Tensor, index: Tensor | None) -> None:
         assert self.widths is not None and self.payload is not None
         widths = unpack(self.widths, 4, self.directions)
         index = torch.arange(self.batch, device=widths.device) if index is None else index

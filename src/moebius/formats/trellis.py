@@ -98,6 +98,9 @@ class Trellis(Packed):
             yield f"rates: got up to {highest}, {together} in all, wanted {wanted}"
         yield from grid_faults("grids", self.grids.view(-1, 2), SCALE_BITS)
 
+    def is_zero(self) -> bool:
+        return self.code_rows == 0
+
     def each_rate(self, index: Tensor | None = None) -> Tensor:
         """Bits per entry of every column, int64 (chosen, columns)."""
         assert self.rates is not None
@@ -132,7 +135,7 @@ class Trellis(Packed):
             levels[matrix, column] = levels_of(codes, rate)
         return levels.mT
 
-    def unpack_to(self, out: Tensor, index: Tensor | None = None) -> None:
+    def _unpack_to(self, out: Tensor, index: Tensor | None) -> None:
         torch.mul(self.levels(index), self.column_scales(index).unsqueeze(1), out=out)
         out *= self.row_scales(index).unsqueeze(2)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Collection, Iterator
 from importlib.metadata import version
@@ -34,6 +35,11 @@ from moebius.pipeline.refine import refine
 from moebius.progress import Progress, Silent
 from moebius.recipe import CalibrationSettings, Recipe
 from moebius.types import PROJECTIONS, CalibrationNeeds, ExpertWeights, LayerStats, MoeLayer, MoeModel
+
+#: Layers that a line names; the report has all.
+_NAMED = 8
+
+_log = logging.getLogger("moebius")
 
 
 def quantize_model(
@@ -98,6 +104,7 @@ def quantize_model(
         writer.finish(checkpoint, config, {REPORT_NAME: json.dumps(report, indent=1) + "\n"})
     clock.lap("write")
     progress.finish()
+    _tell_of_zeros(report["layers"])
     return {**report, "seconds": clock.laps, "peak_memory_bytes": memory.bytes()}
 
 
@@ -283,6 +290,8 @@ class _Job:
             share = self._shares.get((layer.name, projection), {})
             packed[paths[projection]] = self.method.quantize(weight, seen, self.recipe, projection, **share)
         entry = _layer_entry(weights, stats, sum(p.stored_bits() for p in packed.values()))
+        if zero := [p for p in PROJECTIONS if packed[paths[p]].is_zero()]:
+            entry["zero"] = zero
         if self.binary_router:
             if layer.router_name is None or stats is None or stats.router_moment is None:
                 raise UnsupportedModelError(f"{layer.name}: no router was found to binarize; leave out router=binary")
@@ -305,6 +314,14 @@ def _layer_entry(weights: ExpertWeights, stats: LayerStats | None, stored_bits: 
         # Fewer tokens than inputs: the expert's own Hessian is singular, what makes it invertible is the layer's mean.
         entry["leaned_on_layer"] = [e for e, n in enumerate(tokens) if n < weights.gate_up.shape[2]]
     return entry
+
+
+def _tell_of_zeros(entries: list[dict[str, Any]]) -> None:
+    """Name the layers that the budget gave nothing, in one line."""
+    named = [f"{entry['name']} ({' and '.join(entry['zero'])})" for entry in entries if entry.get("zero")]
+    if named:
+        some = ", ".join(named[:_NAMED]) + (f" and {len(named) - _NAMED} more" if len(named) > _NAMED else "")
+        _log.warning("the budget gave nothing to %s: these experts put out zeros; more --bits would change that", some)
 
 
 def _windows(folder: Path, calibration: CalibrationSettings, moe: MoeModel) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moebius.kernels.choice import tell_once
 from moebius.private_transformers import attention_of, register_attention, sdpa_attention_forward
 
 #: What transformers calls it.
@@ -25,9 +26,16 @@ _PLAIN_OPTIONS |= {"output_attentions", "output_hidden_states", "output_router_l
 
 def use_single_query_attention(model: PreTrainedModel) -> None:
     """Let a model on the CPU of a kind in :data:`KNOWN` that attends through ``sdpa`` use :func:`attend`; others stay."""
-    known = getattr(model.config, "model_type", None) in KNOWN and type(model).__module__.startswith("transformers.models.")
-    if known and model.device.type == "cpu" and attention_of(model) == "sdpa":
+    if model.device.type != "cpu" or attention_of(model) != "sdpa":
+        return
+    kind = getattr(model.config, "model_type", None)
+    if kind in KNOWN and type(model).__module__.startswith("transformers.models."):
         model.set_attn_implementation(NAME)
+    else:
+        told = (
+            f"attention of {kind} stays transformers' own, which takes longer for single tokens: it may not be a softmax alone"
+        )
+        tell_once(f"{told}; nothing has to be done, the tokens are the same", warn=True)
 
 
 def attend(
@@ -37,8 +45,11 @@ def attend(
 
     Several queries, and options that may change what is computed, are left to it.
     """
-    plain = all(value is None or name in _PLAIN_OPTIONS or (name == "dropout" and not value) for name, value in options.items())
-    if query.shape[2] != 1 or query.device.type != "cpu" or not plain:
+    other = [name for name, value in options.items() if not _is_plain(name, value)]
+    if other and query.shape[2] == 1:
+        told = f"attention is left to transformers, which takes longer for single tokens: {', '.join(other)} may change it"
+        tell_once(f"{told}; nothing has to be done, the tokens are the same", warn=True)
+    if query.shape[2] != 1 or query.device.type != "cpu" or other:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     batch, heads, _, width = query.shape
     scaling = options.get("scaling")
@@ -49,6 +60,10 @@ def attend(
         scores = scores + _bias(attention_mask, scores)
     states = scores.softmax(-1) @ value.float()
     return states.reshape(batch, 1, heads, value.shape[3]).to(value.dtype), None
+
+
+def _is_plain(name: str, value: Any) -> bool:
+    return value is None or name in _PLAIN_OPTIONS or (name == "dropout" and not value)
 
 
 def _bias(mask: Tensor, scores: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from moebius.errors import CheckpointError, ShapeError
 from moebius.private_transformers import Cache
 from moebius.runtime.attention import use_single_query_attention
 from moebius.runtime.cache import can_go_on, make_room
-from moebius.runtime.direct import DirectForward, direct_forward
+from moebius.runtime.direct import DirectForward, direct_forward, tell_of_slow_layers
 
 
 class Session:
@@ -63,6 +63,8 @@ class Session:
         token = ids[:, -1]
         if not isinstance(self._direct, DirectForward) or not self._direct.holds():
             self._direct = direct_forward(self.model)
+            if isinstance(self._direct, str):
+                tell_of_slow_layers(self.model, self._direct)
         for step in range(new_tokens):
             logits = self._next(ids if step == 0 else token.unsqueeze(1), begins=step == 0)
             token = torch.where(ended, token, _pick(logits, temperature, generator))
