@@ -14,7 +14,8 @@ FLOORS = {
     2: {"basis", "quantize", "allocate", "correct", "kernels"},
     3: {"methods", "models", "checkpoint", "calibrate", "runtime"},
     4: {"pipeline", "distributed", "hf", "evaluate", "report"},
-    5: {"cli"},
+    5: {"reproduce"},
+    6: {"cli"},
 }
 FLOOR_OF = {package: floor for floor, packages in FLOORS.items() for package in packages}
 ROOT_MODULES = {"__init__"}

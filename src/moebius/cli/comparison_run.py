@@ -24,7 +24,7 @@ from moebius.evaluate.plan import checkpoint_size
 from moebius.evaluate.samples import complete
 from moebius.evaluate.size import ModelSize, packed_checkpoint_size
 from moebius.pipeline import quantize_model
-from moebius.progress import Progress
+from moebius.progress import Progress, Titled
 from moebius.recipe import CalibrationSettings, Recipe
 from moebius.report.comparison import ComparisonRow
 from moebius.table import METHODS
@@ -89,9 +89,13 @@ class WorkFolder:
 
     def row(self, label: str, make: Callable[[], ComparisonRow]) -> ComparisonRow:
         """The row that an earlier run finished, or what ``make`` returns."""
+        return ComparisonRow.from_dict(self.figures(label, lambda: make().to_dict()))
+
+    def figures(self, label: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What an earlier run finished under this label, or what ``make`` returns, ready for JSON."""
         if label not in self._state["rows"]:
-            self._remember("rows", label, make().to_dict())
-        return ComparisonRow.from_dict(self._state["rows"][label])
+            self._remember("rows", label, make())
+        return self._state["rows"][label]
 
     def cost(self, label: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """``seconds`` that ``work`` took and the ``peak_memory_bytes`` it reports, now or in the earlier run that did it."""
@@ -195,19 +199,3 @@ def _quantize(comparison: Comparison, label: str, work: WorkFolder, progress: Pr
 def folder_name(label: str) -> str:
     """The folder of a recipe's checkpoint: its label in letters, digits, dots and dashes."""
     return re.sub(r"[^A-Za-z0-9.]+", "-", label).strip("-.").lower() or "recipe"
-
-
-class Titled:
-    """A :class:`moebius.progress.Progress` that puts a title before the name of every stage."""
-
-    def __init__(self, progress: Progress, title: str) -> None:
-        self._progress, self._title = progress, title
-
-    def stage(self, name: str, total: int) -> None:
-        self._progress.stage(f"{self._title}: {name}", total)
-
-    def advance(self, detail: str = "") -> None:
-        self._progress.advance(detail)
-
-    def finish(self) -> None:
-        self._progress.finish()
