@@ -8,10 +8,11 @@ from typing import Any
 from moebius.evaluate.plan import checkpoint_size
 from moebius.evaluate.size import ModelSize, packed_checkpoint_size
 from moebius.evaluate.speed import SpeedSettings, measure_speed, warm_up
+from moebius.models.limits import positions_of
 from moebius.reproduce.published_tables import PublishedRow
 from moebius.reproduce.shop import Shop
 
-#: The paper's: four sequences, prompts of 1024 tokens, 256 decoded after them.
+#: The paper's: four sequences, prompts of 1024 tokens, 256 decoded after them. Below: for models with fewer positions.
 _PAPER = SpeedSettings(prompt=1024, context=1024, new=256, batch=4, repeats=1)
 _SMALL = SpeedSettings(prompt=128, context=128, new=32, batch=4, repeats=1)
 
@@ -25,8 +26,10 @@ def measure_tokens_per_second(shop: Shop) -> dict[str, dict[str, Any]]:
 
 
 def _measured(shop: Shop, row: PublishedRow) -> dict[str, Any]:
-    settings = _SMALL if shop.setting.is_small else _PAPER
     model = shop.original() if row.original else shop.packed(row.label)
+    positions = positions_of(model.config)
+    fits = positions is None or positions >= _PAPER.context + _PAPER.new
+    settings = _PAPER if fits else _SMALL
     size = (
         checkpoint_size(shop.source) if row.original else packed_checkpoint_size(shop.work.folder / shop.folder_name(row.label))
     )
