@@ -288,6 +288,7 @@ def test_short_names_ask_for_the_right_thing(monkeypatch: pytest.MonkeyPatch) ->
         "Salesforce/wikitext",
         "allenai/c4",
         "ptb-text-only/ptb_text_only",
+        "togethercomputer/RedPajama-Data-1T-Sample",
         "someone/something",
     ]
     assert asked[0][1] == {"name": "wikitext-2-raw-v1"}
