@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from moebius.errors import CheckpointError
+from moebius.errors import CheckpointError, first_line
 
 #: Larger files are no configuration: an index of a million tensors takes 200 MB.
 MOST_BYTES = 1 << 29
@@ -51,7 +51,7 @@ def parse_object(content: bytes, where: str) -> dict[str, Any]:
     except RecursionError:
         raise CheckpointError(f"{where}: cannot be read: nested too deeply; fetch it again") from None
     except ValueError as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise CheckpointError(f"{where}: cannot be read: not a JSON object ({reason}); fetch it again") from None
     if not isinstance(parsed, dict):
         raise CheckpointError(f"{where}: not a JSON object; fetch it again")

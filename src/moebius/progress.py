@@ -29,7 +29,7 @@ class Silent:
 
 
 class Titled:
-    """A listener that puts a title before the name of every stage, and tells another."""
+    """Puts a title before the name of every stage, and passes it on."""
 
     def __init__(self, progress: Progress, title: str) -> None:
         self._progress, self._title = progress, title

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from moebius.checkpoint.manifest import is_packed
 from moebius.errors import CheckpointError
-from moebius.evaluate.size import ModelSize, ModuleSize, experts_per_token, is_packed, packed_checkpoint_size, packed_module
+from moebius.evaluate.size import ModelSize, ModuleSize, experts_per_token, packed_checkpoint_size, packed_module
 from moebius.formats import PackedProjection
 from moebius.formats.dense import Dense
 from moebius.formats.integers import Integers

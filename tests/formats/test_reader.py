@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from tests.formats import reader
 from tests.formats.test_formats import example_integers, example_signs
 from tests.formats.test_planes import example_graded, example_planes
+from tests.formats.test_trellis import example as example_trellis
 from tests.formats.test_vector_formats import packed_examples
 from tests.packed import save_packed_tiny
 from transformers import AutoModelForCausalLM
@@ -39,6 +40,7 @@ def examples() -> list[Packed]:
         *packed_examples(),
         *(example_planes(side, bits)[0] for side in ("input", "output") for bits in (5, 8)),
         *(example_graded(side)[0] for side in ("input", "output")),
+        example_trellis()[0],
     ]
 
 

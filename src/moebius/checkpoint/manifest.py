@@ -19,6 +19,8 @@ from moebius.formats.projection import empty_projection
 from moebius.json_file import field, read_object
 
 MANIFEST_NAME = "moebius_manifest.json"
+#: How a packed checkpoint was made; nothing needs it.
+REPORT_NAME = "moebius_report.json"
 FORMAT_VERSION = 1
 
 
@@ -82,6 +84,12 @@ def read_packed_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if quantization is None:
         raise CheckpointError(f"{folder}: got a checkpoint that Moebius did not pack; wanted one with quant_method 'moebius'")
     return config, quantization
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a local folder is a checkpoint that Moebius packed."""
+    path = folder / "config.json"
+    return path.is_file() and quantization_of(read_object(path), path) is not None
 
 
 def verify(folder: Path, *, hashes: bool = False) -> int:

@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moebius.checkpoint.manifest import packed_from_spec, quantization_of, read_packed_config
+from moebius.checkpoint.manifest import packed_from_spec, read_packed_config
 from moebius.checkpoint.not_loaded import NotLoaded, not_loaded
 from moebius.checkpoint.shards import StoredTensor, read_folder
 from moebius.errors import CheckpointError, MoebiusError
 from moebius.formats import Packed, PackedProjection
-from moebius.json_file import read_object
 from moebius.models.load import skeleton
 
 _TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts", "experts_per_token")
@@ -217,12 +216,6 @@ def folder_bytes(folder: Path) -> int:
 
 def _bits(tensor: StoredTensor) -> int:
     return 8 * (tensor.end - tensor.begin)
-
-
-def is_packed(folder: Path) -> bool:
-    """Whether a local folder is a checkpoint that Moebius packed."""
-    path = folder / "config.json"
-    return path.is_file() and quantization_of(read_object(path), path) is not None
 
 
 def experts_per_token(config: Mapping[str, Any]) -> int | None:

@@ -103,7 +103,7 @@ class MoebiusQuantizer(HfQuantizer):
 
     def _renamings(self, endings: str) -> list[Any]:
         """For a class in which the packed modules have another beginning to their paths than in ``config.json``."""
-        from transformers.core_model_loading import WeightRenaming
+        from moebius.private_transformers import WeightRenaming
 
         found = []
         for stored, here in self._beginnings.items():
@@ -200,25 +200,21 @@ def _check_no_random_experts(model: PreTrainedModel, stored: Mapping[str, Stored
 
 def _ignore_guards(model: PreTrainedModel, modules: Mapping[str, Any], paths: Mapping[str, str]) -> None:
     """Guards have done their work when Moebius reads them: they are not to be reported as tensors that nothing wants."""
+    from moebius.private_transformers import ignore_unexpected
+
     names = {guarded_parameter(path, spec) for path, spec in modules.items()}
     names |= {guarded_parameter(here, modules[path]) for path, here in paths.items()}
     pattern = "^(?:" + "|".join(sorted(map(re.escape, names))) + ")$"
-    known = model._keys_to_ignore_on_load_unexpected or []
-    model._keys_to_ignore_on_load_unexpected = {*known, pattern}
+    ignore_unexpected(model, pattern)
 
 
 def _manifest(folder: Path, config: Any) -> Path:
     """Where the manifest is. From the hub, transformers fetches only the files it knows."""
     if (folder / MANIFEST_NAME).is_file() or Path(config.name_or_path).is_dir():
         return folder / MANIFEST_NAME
-    from transformers.utils.hub import cached_file
+    from moebius.private_transformers import fetched_file
 
-    found = cached_file(
-        config.name_or_path,
-        MANIFEST_NAME,
-        revision=getattr(config, "_commit_hash", None),
-        _raise_exceptions_for_missing_entries=False,
-    )
+    found = fetched_file(config.name_or_path, MANIFEST_NAME, config)
     return Path(found) if found else folder / MANIFEST_NAME
 
 

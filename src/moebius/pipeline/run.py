@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from moebius.calibrate.states import STATES_IN_MEMORY, states_bytes
 from moebius.calibrate.stream import stream_statistics
 from moebius.calibrate.tokens import calibration_windows, windows_digest
-from moebius.checkpoint.manifest import FORMAT_VERSION
+from moebius.checkpoint.manifest import FORMAT_VERSION, REPORT_NAME
 from moebius.checkpoint.names import expert_tensor_names, tied_copies
 from moebius.checkpoint.reader import SourceCheckpoint
 from moebius.checkpoint.writer import CheckpointWriter
@@ -34,8 +34,6 @@ from moebius.pipeline.refine import refine
 from moebius.progress import Progress, Silent
 from moebius.recipe import CalibrationSettings, Recipe
 from moebius.types import PROJECTIONS, CalibrationNeeds, ExpertWeights, LayerStats, MoeLayer, MoeModel
-
-REPORT_NAME = "moebius_report.json"
 
 
 def quantize_model(
@@ -63,7 +61,7 @@ def quantize_model(
         progress: told about stages and steps.
 
     Returns:
-        The report that is also written to ``out`` (layers with their tokens per expert, bits and experts that leaned on
+        The report that is also written to ``out`` (layers with their tokens per expert, bits and experts that shrank towards
         their layer), with ``seconds`` by stage and ``peak_memory_bytes`` added, which are not written.
 
     Raises:
@@ -183,7 +181,7 @@ class _Job:
         return self._planned[shape, projection]
 
     def survey(self, windows: Tensor, writer: CheckpointWriter, progress: Progress) -> None:
-        """Look at every layer once, and divide what there is to give. What was seen is kept with the unfinished checkpoint."""
+        """Survey every layer, and allocate the budget. What was seen is kept with the unfinished checkpoint."""
         survey = self.method.survey
         assert survey is not None
         layers = {layer.name: layer for layer in self.moe.moe_layers}

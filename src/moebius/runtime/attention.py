@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from moebius.private_transformers import attention_of, register_attention, sdpa_attention_forward
 
 #: What transformers calls it.
 NAME = "moebius_sdpa"
@@ -27,7 +26,7 @@ _PLAIN_OPTIONS |= {"output_attentions", "output_hidden_states", "output_router_l
 def use_single_query_attention(model: PreTrainedModel) -> None:
     """Let a model on the CPU of a kind in :data:`KNOWN` that attends through ``sdpa`` use :func:`attend`; others stay."""
     known = getattr(model.config, "model_type", None) in KNOWN and type(model).__module__.startswith("transformers.models.")
-    if known and model.device.type == "cpu" and model.config._attn_implementation == "sdpa":
+    if known and model.device.type == "cpu" and attention_of(model) == "sdpa":
         model.set_attn_implementation(NAME)
 
 
@@ -59,5 +58,4 @@ def _bias(mask: Tensor, scores: Tensor) -> Tensor:
     return mask if mask.dtype != torch.bool else torch.zeros_like(scores).masked_fill_(~mask, -torch.inf)
 
 
-ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
-ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
+register_attention(NAME, attend)

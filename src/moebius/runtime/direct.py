@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.utils import output_capturing
 
 from moebius.kernels.decoder_layer import (
     DTYPES,
@@ -30,6 +28,7 @@ from moebius.kernels.decoder_layer import (
 from moebius.kernels.packed_linear.cpu import CpuLinear
 from moebius.kernels.routed_experts import cpu as compiled
 from moebius.kernels.routed_experts.cpu import CpuExperts
+from moebius.private_transformers import Cache, DynamicCache, is_capturing_hook
 from moebius.runtime.cache import RoomyLayer, make_room
 from moebius.runtime.packed_experts import PackedExpertsMixin, packed_layout, ready_experts
 from moebius.runtime.packed_linear import PackedLinearMixin, ready_linear
@@ -132,7 +131,7 @@ def _hooked(model: nn.Module) -> str | None:
     """The first module that somebody watches or whose forward was replaced; transformers' own hooks sleep here."""
     for name, module in model.named_modules():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if "forward" in vars(module) or any(getattr(hook, "__module__", None) != output_capturing.__name__ for hook in hooks):
+        if "forward" in vars(module) or not all(is_capturing_hook(hook) for hook in hooks):
             return name
     return None
 

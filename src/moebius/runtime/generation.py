@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
 from moebius.errors import ShapeError
+from moebius.private_transformers import Cache
 from moebius.runtime.attention import use_single_query_attention
 from moebius.runtime.cache import can_go_on, make_room
 from moebius.runtime.direct import DirectForward, direct_forward

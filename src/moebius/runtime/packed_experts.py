@@ -13,6 +13,7 @@ from moebius.formats import Packed, PackedProjection
 from moebius.kernels.choice import tell_once, wants_gradients
 from moebius.kernels.routed_experts import prepare
 from moebius.kernels.routed_experts.reference import routed_experts
+from moebius.private_transformers import gate
 from moebius.runtime.packed_module import PackedMixin, PackedTensors, Watched, packed_of, swap
 from moebius.types import ExpertsLayout
 
@@ -54,7 +55,7 @@ class PackedExpertsMixin(PackedMixin):
 
 
 def _activation(module: Any) -> Callable[[Tensor], Tensor]:
-    activation: Callable[[Tensor], Tensor] = module._apply_gate if packed_layout(module).has_gate else module.act_fn
+    activation: Callable[[Tensor], Tensor] = gate(module) if packed_layout(module).has_gate else module.act_fn
     return activation
 
 

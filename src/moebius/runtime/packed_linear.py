@@ -14,6 +14,7 @@ from moebius.errors import ShapeError, UnsupportedModelError
 from moebius.formats import Packed
 from moebius.kernels.choice import wants_gradients
 from moebius.kernels.packed_linear import Linear, prepare
+from moebius.private_transformers import mark_initialized
 from moebius.runtime.packed_module import PackedMixin, Watched, move, packed_of, register, swap
 
 
@@ -59,7 +60,7 @@ class PackedWeightMixin(PackedMixin):
         """(out, in) in the dtype that the parameter would have. It can be read: what is written to it is refused."""
         weight = packed_of(self).unpack()[0].to(self.weight_dtype).as_subclass(UnpackedWeight)
         # The class around it may want to initialize it while transformers loads: it has its values.
-        weight._is_hf_initialized = True  # type: ignore[attr-defined]
+        mark_initialized(weight)
         return weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeightMixin:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from moebius.formats import Packed, from_tensors
+from moebius.private_transformers import mark_initialized
 
 
 class PackedTensors(nn.Module):
@@ -100,4 +101,4 @@ def swap(module: nn.Module, mixin: type) -> None:
     """Put ``mixin`` in front of a module's class. Loading code must not initialize what the checkpoint brings."""
     original: Any = type(module)
     module.__class__ = packed_class(mixin, original)
-    module._is_hf_initialized = True  # type: ignore[assignment]
+    mark_initialized(module)

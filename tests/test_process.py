@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from moebius.cli.process import in_process
 from moebius.errors import CheckpointError, ResourceError
+from moebius.process import in_process
 from moebius.progress import Progress, Silent
 
 

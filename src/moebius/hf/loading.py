@@ -1,4 +1,4 @@
-"""Models for evaluation and generation, packed or not."""
+"""Models and tokenizers from the name of a checkpoint, packed or not, its files checked first."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 import moebius  # noqa: F401  registers packed checkpoints with transformers
+from moebius.checkpoint.manifest import is_packed
 from moebius.checkpoint.reader import SourceCheckpoint, locate
 from moebius.checkpoint.shards import read_folder
 from moebius.errors import CheckpointError, MoebiusError
-from moebius.evaluate.size import is_packed
 from moebius.hf.hashes import hashes_unless_unwanted
 from moebius.memory import require_memory
 from moebius.models.load import why_not_loaded
@@ -32,22 +32,21 @@ def load_model(source: str | Path, dtype: str = "float32", device: str = "cpu") 
     Raises:
         MoebiusError: no such model, or a checkpoint that is damaged.
     """
-    quiet_transformers()
     folder = checkpoint_folder(source)
     require_memory(_bytes_in_memory(folder, dtype), f"{source} in {dtype if dtype != 'auto' else 'its own dtype'}")
     with hashes_unless_unwanted():
-        model = _loaded(AutoModelForCausalLM, source, folder, dtype=DTYPES[dtype])
+        model: PreTrainedModel = _loaded(AutoModelForCausalLM, source, folder, dtype=DTYPES[dtype])
     return model.eval().to(device)
 
 
-def load_tokenizer(source: str | Path) -> Any:
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint.
 
     Raises:
         MoebiusError: no such model, or no tokenizer in it.
     """
-    quiet_transformers()
-    return _loaded(AutoTokenizer, source, checkpoint_folder(source))
+    tokenizer: PreTrainedTokenizerBase = _loaded(AutoTokenizer, source, checkpoint_folder(source))
+    return tokenizer
 
 
 def checkpoint_folder(source: str | Path) -> Path:
@@ -69,7 +68,7 @@ def _bytes_in_memory(folder: Path, dtype: str) -> int:
 
 
 def quiet_transformers() -> None:
-    """No progress bars and warnings of transformers between ours."""
+    """No progress bars and warnings of transformers between ours. It concerns the whole process: this is for programs."""
     logging.disable_progress_bar()
     logging.set_verbosity_error()
 

@@ -1,31 +1,27 @@
-"""The work behind ``moebius compare``: quantize, load, measure, one recipe after the other; a stopped run goes on."""
+"""Quantize, load, measure, one recipe after the other; a stopped run goes on."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import re
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from moebius import unfinished
 from moebius.calibrate.tokens import calibration_windows
-from moebius.cli.loading import load_model, load_tokenizer
-from moebius.errors import OutputError
+from moebius.compare.results import Comparison, ComparisonResult, folder_name
+from moebius.compare.work_folder import WorkFolder
 from moebius.evaluate.evaluation import evaluate_model
 from moebius.evaluate.plan import checkpoint_size
-from moebius.evaluate.samples import complete
 from moebius.evaluate.size import ModelSize, packed_checkpoint_size
+from moebius.generation.complete import complete
+from moebius.hf.loading import load_model, load_tokenizer
 from moebius.pipeline import quantize_model
-from moebius.progress import Progress, Titled
-from moebius.recipe import CalibrationSettings, Recipe
+from moebius.progress import Progress, Silent, Titled
+from moebius.recipe import Recipe
 from moebius.report.comparison import ComparisonRow
 from moebius.table import METHODS
 
@@ -34,94 +30,24 @@ COMPLETION_TOKENS = 40
 ORIGINAL = "original"
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """What to compare.
+def compare_models(comparison: Comparison, out: Path, progress: Progress | None = None) -> ComparisonResult:
+    """Quantize a model with several recipes, and measure each beside the original. A stopped comparison goes on.
 
-    Attributes:
-        source: the original.
-        candidates: label to recipe and what it looks at, in the order of the table.
-        held_out: what every model is measured on.
-        prompts: what every model continues.
-        device: where to compute.
-        matched: what ``moebius`` looks at to be set beside every recipe at as many stored bits; None leaves it out.
-    """
-
-    source: str
-    candidates: Mapping[str, tuple[Recipe, CalibrationSettings]]
-    held_out: CalibrationSettings
-    prompts: tuple[str, ...]
-    device: str
-    matched: CalibrationSettings | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """What the rows depend on, ready for JSON; not the source, which may be a path of this machine."""
-        return {
-            "recipes": {
-                label: {"recipe": recipe.to_dict(), "calibration": calibration.to_dict()}
-                for label, (recipe, calibration) in self.candidates.items()
-            },
-            "text": self.held_out.to_dict(),
-            "prompts": list(self.prompts),
-            "matched": None if self.matched is None else self.matched.to_dict(),
-        }
-
-
-class WorkFolder:
-    """A hidden folder beside the output that becomes the output when all is done, and remembers finished rows until then.
+    Args:
+        comparison: what to compare.
+        out: the folder that appears when all is done.
+        progress: told about stages and steps.
 
     Raises:
-        OutputError: it holds an unfinished comparison with other settings.
+        OutputError: beside ``out`` lies an unfinished comparison with other settings.
+        MoebiusError: as what it does: quantize, evaluate, generate.
     """
-
-    def __init__(self, out: Path, settings: dict[str, Any]) -> None:
-        self.out = out = out.absolute()
-        self.folder = unfinished.beside(out)
-        self._file = self.folder / "unfinished.json"
-        self._state: dict[str, Any] = {"settings": settings, "costs": {}, "rows": {}}
-        if self._file.exists():
-            state = json.loads(self._file.read_text())
-            if state["settings"] != settings:
-                raise OutputError(
-                    f"{self.folder}: holds an unfinished comparison with other settings; remove it, or choose another --out"
-                )
-            self._state = state
-
-    def row(self, label: str, make: Callable[[], ComparisonRow]) -> ComparisonRow:
-        """The row that an earlier run finished, or what ``make`` returns."""
-        return ComparisonRow.from_dict(self.figures(label, lambda: make().to_dict()))
-
-    def figures(self, label: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What an earlier run finished under this label, or what ``make`` returns, ready for JSON."""
-        if label not in self._state["rows"]:
-            self._remember("rows", label, make())
-        return self._state["rows"][label]
-
-    def cost(self, label: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """``seconds`` that ``work`` took and the ``peak_memory_bytes`` it reports, now or in the earlier run that did it."""
-        if label not in self._state["costs"]:
-            began = time.perf_counter()
-            report = work()
-            seconds = round(time.perf_counter() - began, 2)
-            self._remember("costs", label, {"seconds": seconds, "peak_memory_bytes": report["peak_memory_bytes"]})
-        return self._state["costs"][label]
-
-    def finish(self) -> None:
-        """Give the folder its name; a folder that was there, empty, stays: it may be the one that somebody stands in."""
-        self._file.unlink(missing_ok=True)
-        if not self.out.exists():
-            self.folder.rename(self.out)
-            return
-        for path in self.folder.iterdir():
-            path.rename(self.out / path.name)
-        self.folder.rmdir()
-
-    def _remember(self, kind: str, label: str, value: Any) -> None:
-        self._state[kind][label] = value
-        self.folder.mkdir(parents=True, exist_ok=True)
-        draft = self._file.with_suffix(".tmp")
-        draft.write_text(json.dumps(self._state))
-        draft.replace(self._file)
+    work = WorkFolder(out, {"source": comparison.source, **comparison.to_dict()})
+    comparison, rows = run_comparison(comparison, work, progress or Silent())
+    result = ComparisonResult(out, comparison, tuple(rows))
+    result.write(work.folder)
+    work.finish()
+    return result
 
 
 def run_comparison(comparison: Comparison, work: WorkFolder, progress: Progress) -> tuple[Comparison, list[ComparisonRow]]:
@@ -194,8 +120,3 @@ def _quantize(comparison: Comparison, label: str, work: WorkFolder, progress: Pr
         label,
         lambda: quantize_model(comparison.source, folder, recipe, calibration, device=comparison.device, progress=titled),
     )
-
-
-def folder_name(label: str) -> str:
-    """The folder of a recipe's checkpoint: its label in letters, digits, dots and dashes."""
-    return re.sub(r"[^A-Za-z0-9.]+", "-", label).strip("-.").lower() or "recipe"

@@ -1,57 +1,60 @@
-"""The work behind ``moebius bench``: make or find the checkpoints, and measure each in a process of its own."""
+"""Make or find the checkpoints, and measure each in a process of its own."""
 
 from __future__ import annotations
 
-import logging
-import platform
 import shutil
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 import psutil
 import torch
-import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from moebius.cli.loading import checkpoint_folder, load_model, quiet_transformers
-from moebius.cli.process import in_process
+from moebius.bench.measure import Conditions, blank_model, machine, measure
+from moebius.bench.request import BenchRequest
+from moebius.checkpoint.manifest import is_packed
 from moebius.errors import CheckpointError, OutputError, RecipeError, ResourceError
 from moebius.evaluate.plan import checkpoint_size, plan_model
 from moebius.evaluate.random_checkpoint import write_random_checkpoint
-from moebius.evaluate.roofline import read_bandwidth, step_bytes
-from moebius.evaluate.shapes import with_layers
-from moebius.evaluate.size import ModelSize, is_packed, packed_checkpoint_size
-from moebius.evaluate.speed import Seconds, SpeedSettings, measure_speed, warm_up
-from moebius.memory import PeakMemory
+from moebius.evaluate.roofline import step_bytes
+from moebius.evaluate.shapes import shape_config, with_layers
+from moebius.evaluate.size import ModelSize, packed_checkpoint_size
+from moebius.evaluate.speed import Seconds
+from moebius.hf.loading import checkpoint_folder
 from moebius.pipeline import quantize_model
+from moebius.process import in_process
 from moebius.progress import Progress
 from moebius.recipe import CalibrationSettings, Recipe
+from moebius.source import display_name, path_or_hub_name
 
 #: What a process needs besides the weights: activations, cache, buffers of libraries.
 _SPARE_BYTES = 500_000_000
 _SPARE_SHARE = 0.1
 
 
-@dataclass(frozen=True)
-class Conditions:
-    """Where and how to measure.
+def run_bench(request: BenchRequest, conditions: Conditions, progress: Progress) -> dict[str, Any]:
+    """Measure what is asked for; everything that came of it, ready for JSON. Checkpoints are made in the temporary folder.
 
-    Attributes:
-        settings: what is timed.
-        device: as torch calls it.
-        dtype: a key of :data:`moebius.cli.loading.DTYPES`.
-        threads: of PyTorch; None: as many as it takes by itself.
+    Raises:
+        MoebiusError: no such model or shape, too little memory or disk.
     """
-
-    settings: SpeedSettings
-    device: str
-    dtype: str
-    threads: int | None
+    config = None if request.shape is None else shape_config(request.shape)
+    source = path_or_hub_name(request.packed)
+    original = None if request.original is None else str(path_or_hub_name(request.original))
+    with TemporaryDirectory(prefix="moebius-bench-") as work:
+        measured = Bench(conditions, progress)
+        if config is not None:
+            bench_shape(measured, config, request.recipe, Path(work), request.original_layers)
+        elif request.packed is None:
+            bench_quantized(measured, str(source), request.recipe, Path(work))
+        else:
+            bench_checkpoints(measured, str(source), original)
+    made = {} if request.packed is not None else {"recipe": request.recipe.to_dict()}
+    name = request.shape or display_name(request.packed)
+    return {"name": name, "random_weights": request.shape is not None, **made, **measured.results()}
 
 
 class Bench:
@@ -246,98 +249,6 @@ def require_memory(label: str, weights: int, device: str) -> None:
     wanted = int(weights * (1 + _SPARE_SHARE)) + _SPARE_BYTES
     if wanted > free:
         raise ResourceError(f"{label}: takes about {wanted / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free")
-
-
-# What runs in processes of their own
-
-
-def machine(conditions: Conditions, progress: Progress) -> dict[str, Any]:
-    """What computes, and how fast it reads memory."""
-    _prepare(conditions)
-    progress.stage("bandwidth of memory", 1)
-    bandwidth = read_bandwidth(conditions.device)
-    progress.advance(f"{bandwidth / 1e9:.1f} GB/s")
-    cuda = conditions.device.startswith("cuda")
-    return {
-        "device": conditions.device,
-        "name": torch.cuda.get_device_name(conditions.device) if cuda else _processor(),
-        "threads": torch.get_num_threads(),
-        "read_bytes_per_second": bandwidth,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def measure(label: str, folder: str, loop: str, conditions: Conditions, progress: Progress) -> dict[str, Any]:
-    """Time to load, memory, and tokens per second."""
-    kernels = _prepare(conditions)
-    settings, device = conditions.settings, conditions.device
-    blank_model(AutoConfig.from_pretrained(folder))  # what it imports is no memory of the model
-    before, peak = _resident(device), PeakMemory()
-    progress.stage(f"{label}: loading", 1)
-    began = time.perf_counter()
-    model = load_model(folder, conditions.dtype, device)
-    load_seconds, loaded = time.perf_counter() - began, _resident(device)
-    progress.advance(f"{load_seconds:.1f} s")
-    warm_up(model, settings, loop)
-    ready_seconds, resident = time.perf_counter() - began, _resident(device)
-    seconds = measure_speed(model, settings, loop, progress, f"{label}, {loop}")
-    most = torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else peak.bytes()
-    return {
-        "model": label,
-        "loop": loop,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "kernels": kernels,
-        "load_seconds": load_seconds,
-        "ready_seconds": ready_seconds,
-        "loaded_bytes": loaded - before,
-        "resident_bytes": resident - before,
-        "peak_bytes": most - before,
-        **seconds.to_dict(settings),
-    }
-
-
-def _prepare(conditions: Conditions) -> list[str]:
-    """Threads, silence, and what the kernels will say of themselves."""
-    quiet_transformers()
-    if conditions.threads is not None:
-        torch.set_num_threads(conditions.threads)
-    said: list[str] = []
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            said.append(record.getMessage())
-
-    log = logging.getLogger("moebius.kernels")
-    log.setLevel(logging.INFO)
-    log.addHandler(Listener())
-    # Threads and the library of products have buffers of their own.
-    torch.ones(256, 256, dtype=torch.bfloat16) @ torch.ones(256, 256, dtype=torch.bfloat16)
-    return said
-
-
-def blank_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of a config on the meta device, unpacked."""
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return model
-
-
-def _resident(device: str) -> int:
-    """Bytes of this process, or those that torch has allocated on a GPU."""
-    if device.startswith("cuda"):
-        return torch.cuda.memory_allocated(device)
-    return psutil.Process().memory_info().rss
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _speedups(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

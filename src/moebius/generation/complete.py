@@ -1,9 +1,9 @@
-"""What a model writes: the prompts to try it on, and its completions."""
+"""What a model writes after a prompt."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ def complete(
     *,
     temperature: float = 0.0,
     seed: int = 0,
-    streamer: Any = None,
+    on_text: Callable[[str], object] | None = None,
 ) -> Written:
     """What the model puts after a prompt.
 
@@ -45,14 +45,14 @@ def complete(
         tokens: at most so many new tokens; fewer where the model ends the text.
         temperature: 0 takes the likeliest token every time; above, tokens are drawn.
         seed: of the draws.
-        streamer: a transformers streamer that is fed token by token.
+        on_text: told every piece of the completion as soon as its tokens are text.
 
     Raises:
         ShapeError: a prompt that tokenizes to nothing.
     """
     # Of an empty list, tokenizers make a tensor of floats.
     ids = torch.tensor([tokenizer(prompt)["input_ids"]], dtype=torch.int64, device=model.device)  # (1, tokens)
-    return answer(Session(model), tokenizer, ids, tokens, temperature=temperature, seed=seed, streamer=streamer)
+    return answer(Session(model), tokenizer, ids, tokens, temperature=temperature, seed=seed, on_text=on_text)
 
 
 def answer(
@@ -63,37 +63,30 @@ def answer(
     *,
     temperature: float = 0.0,
     seed: int = 0,
-    streamer: Any = None,
+    on_text: Callable[[str], object] | None = None,
 ) -> Written:
     """What the model of a session puts after ``ids``, (1, tokens) int64; the rest as :func:`complete`."""
     check_tokens(session.model, ids)
     tell_of_positions(session.model.config, ids.shape[1] + tokens)
     ends = end_tokens_of(session.model, tokenizer)
-    if streamer is not None:
-        streamer.put(ids)
+    shown = None if on_text is None else _Pieces(tokenizer, on_text)
     written = []
     for token in session.stream(ids, new_tokens=tokens, temperature=temperature, seed=seed, end_tokens=ends):
         written.append(token)
-        if streamer is not None:
-            streamer.put(token)
-    if streamer is not None:
-        streamer.end()
+        if shown is not None:
+            shown.put(token)
+    if shown is not None:
+        shown.end()
     return Written(str(tokenizer.decode(torch.cat(written) if written else [], skip_special_tokens=True)), len(written))
 
 
-class Shown(TextStreamer):
-    """Prints an answer as it is written, without its prompt, and remembers its ``text`` and how many ``tokens`` it has."""
+class _Pieces(TextStreamer):
+    """Whole words, as soon as they are there."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.text = ""
-        self.tokens = -1  # the prompt is put first
-
-    def put(self, value: Tensor) -> None:
-        """A prompt (1, tokens), then token after token (1,)."""
-        self.tokens += 1
-        super().put(value)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], object]) -> None:
+        super().__init__(tokenizer, skip_special_tokens=True)
+        self._on_text = on_text
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.text += text
-        super().on_finalized_text(text, stream_end)
+        if text:
+            self._on_text(text)
