@@ -10,9 +10,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from moebius.cli.app import app
-from moebius.cli.loading import load_model, load_tokenizer
 from moebius.evaluate.evaluation import evaluate_model
 from moebius.evaluate.protocol import evaluation_text
+from moebius.hf.loading import load_model, load_tokenizer
 from moebius.reproduce import shop
 
 

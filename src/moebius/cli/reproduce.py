@@ -9,18 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moebius.cli.options import (
-    AsJson,
-    Device,
-    Quiet,
-    display_name,
-    model_or_reference,
-    require_device,
-    require_free,
-    require_text,
-)
+from moebius.checks import require_device, require_free
+from moebius.cli.options import AsJson, Device, Quiet
 from moebius.cli.output import note, print_json, print_tables, progress_bars
+from moebius.recipe_text import require_text
 from moebius.report.tables import TextTable
+from moebius.source import display_name, path_or_hub_name
 
 if TYPE_CHECKING:
     from moebius.evaluate.tasks import LoadedTasks
@@ -90,7 +84,7 @@ def reproduce(
     require_text(text)
     require_text(calibration)
 
-    from moebius.cli.loading import quiet_transformers
+    from moebius.hf.loading import quiet_transformers
     from moebius.memory import WHILE_QUANTIZING, keep_freed_memory
     from moebius.reproduce.printed import not_the_papers_model, reproduction_table
     from moebius.reproduce.published_tables import load_table
@@ -98,7 +92,7 @@ def reproduce(
     from moebius.reproduce.setting import Wishes, setting_for
 
     published = load_table(table)
-    source, name = model_or_reference(model), display_name(model)
+    source, name = str(path_or_hub_name(model)), display_name(model)
     out = require_free(out or Path(f"moebius-{table}"))
     require_device(device)
     quiet_transformers()
@@ -132,8 +126,7 @@ def _make(
     quiet: bool,
 ) -> tuple[Reproduction, Path, Any]:
     """The reproduction, the folder that becomes ``out``, and what makes it so."""
-    from moebius.cli.comparison_run import WorkFolder, folder_name
-    from moebius.cli.loading import load_model, load_tokenizer
+    from moebius.compare.work_folder import WorkFolder
     from moebius.reproduce.run import reproduce as measure
     from moebius.reproduce.shop import Shop
 
@@ -141,7 +134,6 @@ def _make(
     work = WorkFolder(out, {"source": source, "table": table.name, **setting.to_dict(), "tasks": asked, "limit": limit})
     work.folder.mkdir(parents=True, exist_ok=True)
     with progress_bars(hidden=quiet) as progress:
-        tools = {"load_model": load_model, "load_tokenizer": load_tokenizer, "folder_name": folder_name}
         shop = Shop(
             table=table,
             source=source,
@@ -152,7 +144,6 @@ def _make(
             tasks=tasks,
             limit=limit,
             progress=progress,
-            **tools,
         )
         made = measure(shop)
     return made, work.folder, work.finish

@@ -89,7 +89,7 @@ def _of_packed(shop: Shop, row: PublishedRow) -> dict[str, Any]:
         values[column], texts[name] = evaluation.perplexity, figures_of(evaluation)
         if evaluation.mean_routing_similarity is not None:
             values.setdefault("routing", evaluation.mean_routing_similarity)
-    folder = shop.work.folder / shop.folder_name(row.label)
+    folder = shop.folder(row.label)
     return {**_figures(shop, model, packed_checkpoint_size(folder), values, texts), **shop.pack(row)}
 
 
@@ -97,7 +97,7 @@ def _figures(
     shop: Shop, model: PreTrainedModel, size: ModelSize, values: dict[str, float], texts: dict[str, Any]
 ) -> dict[str, Any]:
     if shop.tasks is not None:
-        scores = evaluate_tasks(model, shop.load_tokenizer(shop.source), shop.tasks, limit=shop.limit, quiet=True)
+        scores = evaluate_tasks(model, shop.tokenizer(), shop.tasks, limit=shop.limit, quiet=True)
         for column in shop.table.columns:
             task = COLUMNS[column].task
             score = None if task is None else score_of(scores, task)
@@ -132,7 +132,7 @@ def _reference_folder(shop: Shop, text: str) -> Path:
 def _store(shop: Shop, model: PreTrainedModel, name: str, folder: Path) -> None:
     text = shop.text(name, model)
     vocabulary = model.config.get_text_config().vocab_size
-    whole = 2 * vocabulary * len(text.windows) * text.targets_per_window <= _WHOLE_BYTES
+    whole = 2 * vocabulary * len(text.windows) * (text.windows.shape[1] - text.first_target) <= _WHOLE_BYTES
     save_reference(
         model,
         text,

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from moebius.calibrate.tokens import calibration_windows
+from moebius.compare.results import folder_name
+from moebius.compare.work_folder import WorkFolder
 from moebius.evaluate.protocol import EvaluationText, evaluation_text
 from moebius.evaluate.tasks import LoadedTasks
+from moebius.hf.loading import load_model, load_tokenizer
 from moebius.models.limits import positions_of
 from moebius.pipeline import quantize_model
 from moebius.progress import Progress, Titled
 from moebius.recipe import Recipe
 from moebius.reproduce.published_tables import PublishedRow, PublishedTable
 from moebius.reproduce.setting import Setting, row_calibration
-
-
-class Work(Protocol):
-    """A folder that remembers what was finished, so that a run that was stopped goes on."""
-
-    folder: Path
-
-    def figures(self, label: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What ``make`` returned, now or in an earlier run."""
-
-    def cost(self, label: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Seconds and peak memory of ``work``, now or in an earlier run."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +34,6 @@ class Shop:
         setting: what it is made with.
         left_out: label of a row to why its recipe is not measured.
         work: where packed checkpoints and finished figures go.
-        load_model: a model from its folder.
-        load_tokenizer: its tokenizer.
-        folder_name: what the packed checkpoint of a row is called.
         device: where to compute.
         tasks: to ask every model; None: no tasks.
         limit: documents of each task; None: all.
@@ -56,10 +44,7 @@ class Shop:
     source: str
     setting: Setting
     left_out: Mapping[str, str]
-    work: Work
-    load_model: Callable[..., PreTrainedModel]
-    load_tokenizer: Callable[[str], Any]
-    folder_name: Callable[[str], str]
+    work: WorkFolder
     device: str
     tasks: LoadedTasks | None
     limit: int | None
@@ -71,11 +56,19 @@ class Shop:
 
     def original(self) -> PreTrainedModel:
         """The model itself."""
-        return self.load_model(self.source, device=self.device)
+        return load_model(self.source, device=self.device)
 
     def packed(self, label: str) -> PreTrainedModel:
         """The packed model of a row."""
-        return self.load_model(self.work.folder / self.folder_name(label), device=self.device)
+        return load_model(self.folder(label), device=self.device)
+
+    def folder(self, label: str) -> Path:
+        """Where the packed checkpoint of a row is."""
+        return self.work.folder / folder_name(label)
+
+    def tokenizer(self) -> Any:
+        """The model's."""
+        return load_tokenizer(self.source)
 
     def pack(self, row: PublishedRow) -> dict[str, Any]:
         """Make the packed checkpoint of a row; seconds and peak memory."""
@@ -84,7 +77,7 @@ class Shop:
     def quantized(self, row: PublishedRow) -> dict[str, Any]:
         """Make the packed checkpoint of a row; the report of the run."""
         assert row.recipe is not None
-        folder, told = self.work.folder / self.folder_name(row.label), Titled(self.progress, row.label)
+        folder, told = self.folder(row.label), Titled(self.progress, row.label)
         recipe, calibration = Recipe.make(**row.recipe), row_calibration(self.setting, row)
         return quantize_model(self.source, folder, recipe, calibration, device=self.device, progress=told)
 
@@ -92,11 +85,11 @@ class Shop:
         """A text of the table in windows, under the table's protocol."""
         setting = self.setting
         length = min(setting.text_length, positions_of(model.config) or setting.text_length)
-        tokenizer = self.load_tokenizer(self.source)
+        tokenizer = self.tokenizer()
         return evaluation_text(
             setting.protocol, setting.texts[name], tokenizer, windows=setting.text_windows, window_length=length
         )
 
     def calibration_windows(self) -> Any:
         """The windows that recipes look at. (windows, window_length) int64"""
-        return calibration_windows(self.setting.calibration, self.load_tokenizer(self.source))
+        return calibration_windows(self.setting.calibration, self.tokenizer())

@@ -30,9 +30,7 @@ def _measured(shop: Shop, row: PublishedRow) -> dict[str, Any]:
     positions = positions_of(model.config)
     fits = positions is None or positions >= _PAPER.context + _PAPER.new
     settings = _PAPER if fits else _SMALL
-    size = (
-        checkpoint_size(shop.source) if row.original else packed_checkpoint_size(shop.work.folder / shop.folder_name(row.label))
-    )
+    size = checkpoint_size(shop.source) if row.original else packed_checkpoint_size(shop.folder(row.label))
     warm_up(model, settings, "moebius")
     speed = measure_speed(model, settings, "moebius", shop.progress, row.label).to_dict(settings)
     values = {"tokens_s": speed["request"]["tokens_per_second"]}
