@@ -50,7 +50,15 @@ def test_pairs_of_rows_are_counted_and_those_the_other_way_round_named() -> None
     made = reproduction({"a": 40.0, "b": 50.0, "c": 60.0}, {"a": 30.0, "b": 20.0, "c": 25.0})
     text = verdict(made)
     assert "2 of 3 pairs of rows agree" in text
-    assert text.endswith("only there: c ahead of b")
+    assert text.splitlines()[0].endswith("only there: c ahead of b")
+
+
+def test_the_order_by_divergence_is_told_apart() -> None:
+    made = reproduction({"a": 40.0, "b": 50.0}, {"a": 20.0, "b": 30.0})
+    made.found["a"]["texts"]["wikitext2"]["kl"] = 0.3
+    by_perplexity, by_divergence = verdict(made).splitlines()
+    assert "0 of 1 pairs" in by_perplexity and "perplexity, builtin" in by_perplexity
+    assert "1 of 1 pairs" in by_divergence and "by KL here" in by_divergence
 
 
 def test_rows_that_were_not_measured_or_are_equal_there_do_not_count() -> None:
@@ -68,7 +76,17 @@ def test_nan_is_worse_than_anything() -> None:
 def test_measured_stands_beside_published_and_stored_bits_beside_claimed() -> None:
     made = reproduction({"a": 44.5, "b": 50.0}, {"a": 30.123}, b="not built: there is no method 'b'")
     table = reproduction_table(made, "reference model")
-    assert table.columns == ("", "bits stored", "activated", "claimed", "tasks", "WikiText-2", "KL", "top-1", "routing")
+    assert table.columns == (
+        "",
+        "bits stored",
+        "activated",
+        "claimed",
+        "tasks",
+        "perplexity, builtin",
+        "KL",
+        "top-1",
+        "routing",
+    )
     by_label = {row[0]: row[1:] for row in table.rows}
     assert by_label["a"] == ("1.29", "1.40", "1.5", "(44.5)", "30.12", "0.2500", "50.0 %", "0.7500")
     assert by_label["b"] == ("–", "–", "1.5", "(50)", "–", "–", "–", "–")

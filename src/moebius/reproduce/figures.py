@@ -40,7 +40,7 @@ def _bars(made: Reproduction, path: Path) -> bool:
     shown = [column for column in dict.fromkeys(order) if column in measured][:3]
     published = [c for c in (made.table.order, *made.table.columns) if c and c != "bits" and made.setting.beside][:1]
     groups: dict[str, list[float | None]] = {
-        f"{COLUMNS[column].heading}, measured": [made.found.get(r.label, {}).get("values", {}).get(column) for r in rows]
+        f"{made.heading(column)}, measured": [made.found.get(r.label, {}).get("values", {}).get(column) for r in rows]
         for column in shown
     }
     for column in published:

@@ -7,7 +7,7 @@ from itertools import combinations
 from typing import Any
 
 from moebius.report.tables import TextTable, number, percent
-from moebius.reproduce.published_tables import COLUMNS, PublishedRow, PublishedTable
+from moebius.reproduce.published_tables import COLUMNS, PublishedTable
 from moebius.reproduce.run import Reproduction
 from moebius.reproduce.setting import Setting
 
@@ -28,7 +28,7 @@ def reproduction_table(made: Reproduction, model: str, whole: bool = True) -> Te
     bits = any("bits_per_expert_weight" in figures for figures in made.found.values())
     claimed = "bits" in table.columns  # by papers, of activated weights: ours beside theirs
     headings = ["", *(["bits stored"] if bits else []), *(["activated", "claimed"] if claimed else [])]
-    headings += [COLUMNS[column].heading for column in columns] + [name for name in _QUALITY if quality]
+    headings += [made.heading(column) for column in columns] + [name for name in _QUALITY if quality]
     rows = []
     for row in table.rows:
         figures, published = made.found.get(row.label, {}), row.published.get(beside or "", {})
@@ -46,29 +46,41 @@ def reproduction_table(made: Reproduction, model: str, whole: bool = True) -> Te
 
 
 def verdict(made: Reproduction) -> str:
-    """How much of the published order of rows is the measured one: pairs of rows, and those that are the other way round."""
+    """How much of the published order of rows is the measured one: pairs of rows, and those that are the other way round.
+
+    By the column of the table, or the first perplexity where that was not measured; and by KL, which tells apart what
+    perplexity on a short text does not.
+    """
     table, beside = made.table, made.setting.beside
-    if not table.order or beside is None:
-        return ""
-    rows = [row for row in table.rows if not row.original and table.order in row.published.get(beside, {})]
-    rows = [row for row in rows if _measured_order(made, row) is not None]
     column = _order_column(made)
-    if len(rows) < 2 or column is None:
+    if not table.order or beside is None or column is None:
         return ""
+    sign = 1 if COLUMNS[column].higher_is_better else -1
+    orders = {made.heading(column): {label: sign * v for label, v in _measured(made, column).items()}}
+    orders["KL"] = {label: -value for label, value in _divergences(made).items()}
+    sentences = [_order_sentence(made, beside, by, scores) for by, scores in orders.items()]
+    return "\n".join(sentence for sentence in sentences if sentence)
+
+
+def _order_sentence(made: Reproduction, beside: str, by: str, scores: dict[str, float]) -> str:
+    """Of scores that are better where they are larger."""
+    order = made.table.order
+    rows = [row for row in made.table.rows if not row.original and row.label in scores]
+    rows = [row for row in rows if order in row.published.get(beside, {})]
     same, turned = 0, []
     for one, other in combinations(rows, 2):
-        theirs = _better(table.order, one.published[beside][table.order], other.published[beside][table.order])
-        ours = _better(column, _measured_order(made, one), _measured_order(made, other))
+        theirs = _better(order, one.published[beside][order], other.published[beside][order])
+        ours = (scores[one.label] > scores[other.label]) - (scores[one.label] < scores[other.label])
         if theirs == 0:
             continue
         same += ours == theirs
         if ours != theirs:
             first, second = (one, other) if theirs > 0 else (other, one)
             turned.append(f"{first.label} ahead of {second.label}")
-    by = COLUMNS[column].heading
-    by_theirs = f"by {COLUMNS[table.order].heading}" if column != table.order else "by it too"
-    text = f"Order by {by} here, {by_theirs} in the paper: {same} of {same + len(turned)} pairs of rows agree"
-    return f"{text}; only there: {', '.join(turned)}" if turned else f"{text}"
+    if not same and not turned:
+        return ""
+    text = f"Order by {by} here, by {COLUMNS[order].heading} in the paper: {same} of {same + len(turned)} pairs of rows agree"
+    return f"{text}; only there: {', '.join(turned)}" if turned else text
 
 
 def _columns(made: Reproduction) -> list[str]:
@@ -93,9 +105,21 @@ def _order_column(made: Reproduction) -> str | None:
     return next((name for name in candidates if measured and any(name in values for values in measured)), None)
 
 
-def _measured_order(made: Reproduction, row: PublishedRow) -> float | None:
-    column = _order_column(made)
-    return made.found.get(row.label, {}).get("values", {}).get(column)
+def _measured(made: Reproduction, column: str) -> dict[str, float]:
+    """Label of a row to its figure in a column, NaN as the worst there is."""
+    worst = -math.inf if COLUMNS[column].higher_is_better else math.inf
+    values = {label: figures["values"].get(column) for label, figures in made.found.items()}
+    return {label: worst if math.isnan(value) else value for label, value in values.items() if value is not None}
+
+
+def _divergences(made: Reproduction) -> dict[str, float]:
+    """Label of a row to its KL on the first text."""
+    texts: dict[str, dict[str, Any]] = {
+        label: next(iter(figures.get("texts", {}).values()), {}) for label, figures in made.found.items()
+    }
+        label: next(iter(figures.get("texts", {}).values()), {}) for label, figures in made.found.items()
+    }
+    return {label: text["kl"] for label, text in texts.items() if text.get("kl") is not None}
 
 
 def _better(column: str, one: Any, other: Any) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from moebius.reproduce.allocation import measure_coefficients, measure_distortion_spread, measure_time_breakdown
 from moebius.reproduce.experts import measure_expert_cka, measure_output_similarity, measure_spectrum
 from moebius.reproduce.hidden import measure_channel_shift, measure_token_map
-from moebius.reproduce.published_tables import PublishedTable
+from moebius.reproduce.published_tables import COLUMNS, PublishedTable
 from moebius.reproduce.quality import measure_quality
 from moebius.reproduce.setting import Setting, why_not
 from moebius.reproduce.shift import measure_expert_shift
@@ -47,6 +48,12 @@ class Reproduction:
     setting: Setting
     left_out: dict[str, str]
     found: dict[str, dict[str, Any]]
+
+    def heading(self, column: str) -> str:
+        """What a column is called; a text that something stands in for does not lend it its name."""
+        known = COLUMNS[column]
+        read = self.setting.texts.get(known.text or "", known.text)
+        return known.heading if read == known.text else f"perplexity, {Path(str(read)).name}"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
