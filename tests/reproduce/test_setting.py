@@ -56,7 +56,7 @@ def test_on_the_reference_model_its_own_text_stands_in() -> None:
     assert (setting.model, setting.beside) == (None, "Qwen1.5-MoE-A2.7B")
     assert (setting.calibration.text, setting.calibration.seed) == ("builtin", 42)
     assert dict(setting.texts) == {"wikitext2": "builtin"}
-    assert setting.protocol == "gptq" and setting.text_length == 1024
+    assert setting.protocol == "gptq" and (setting.text_windows, setting.text_length) == (64, 256)
     chunks = setting_for(load_table("anchors-olmoe"), str(reference_path()), True, Wishes())
     assert dict(chunks.texts) == {"wikitext2": "builtin"}  # nothing stands in for C4
 

@@ -24,7 +24,7 @@ def reproduction_table(made: Reproduction, model: str, whole: bool = True) -> Te
     """
     table, beside = made.table, made.setting.beside
     columns = [column for column in _columns(made) if column != "bits" and (whole or _shown(made, column))]
-    quality = table.shows == "quality"
+    quality = any(figures.get("texts") for figures in made.found.values())
     bits = any("bits_per_expert_weight" in figures for figures in made.found.values())
     claimed = "bits" in table.columns  # by papers, of activated weights: ours beside theirs
     headings = ["", *(["bits stored"] if bits else []), *(["activated", "claimed"] if claimed else [])]
@@ -117,8 +117,6 @@ def _divergences(made: Reproduction) -> dict[str, float]:
     texts: dict[str, dict[str, Any]] = {
         label: next(iter(figures.get("texts", {}).values()), {}) for label, figures in made.found.items()
     }
-        label: next(iter(figures.get("texts", {}).values()), {}) for label, figures in made.found.items()
-    }
     return {label: text["kl"] for label, text in texts.items() if text.get("kl") is not None}
 
 
@@ -181,5 +179,5 @@ def _conditions(made: Reproduction) -> str:
     texts = ", ".join(repr(text) for text in setting.texts.values())
     count = "all" if setting.text_windows is None else str(setting.text_windows)
     measured = f"{setting.protocol} on {texts}, {count} windows of {setting.text_length}"
-    kl = "; KL in nats to the original" if made.table.shows == "quality" else ""
+    kl = "; KL in nats to the original" if any(figures.get("texts") for figures in made.found.values()) else ""
     return f"Protocol {measured}{kl}; {looked}, unless the row says otherwise"

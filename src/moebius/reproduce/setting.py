@@ -19,7 +19,7 @@ from moebius.table import METHODS, nearest
 
 #: On the reference model, which has read Python alone: its own text, and as much of it as takes minutes.
 _SMALL_CALIBRATION = CalibrationSettings()
-_SMALL_WINDOWS, _SMALL_LENGTH = 16, 1024
+_SMALL_WINDOWS, _SMALL_LENGTH = 64, 256
 
 
 @dataclass(frozen=True)
