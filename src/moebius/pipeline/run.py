@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 import time
 from collections.abc import Collection, Iterator
 from importlib.metadata import version
@@ -14,8 +16,9 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from moebius.calibrate.layerwise import STATES_IN_MEMORY, states_bytes
+from moebius.calibrate.self_sampling import balanced_windows
 from moebius.calibrate.stream import stream_statistics
-from moebius.calibrate.tokens import calibration_windows, windows_digest
+from moebius.calibrate.tokens import begins_with, calibration_windows, windows_digest
 from moebius.checkpoint.manifest import FORMAT_VERSION
 from moebius.checkpoint.names import expert_tensor_names
 from moebius.checkpoint.reader import SourceCheckpoint
@@ -36,6 +39,8 @@ from moebius.recipe import CalibrationSettings, Recipe
 from moebius.types import PROJECTIONS, CalibrationNeeds, ExpertWeights, LayerStats, MoeLayer, MoeModel
 
 REPORT_NAME = "moebius_report.json"
+
+_log = logging.getLogger("moebius")
 
 
 def quantize_model(
@@ -78,6 +83,9 @@ def quantize_model(
         moe = load_moe_model(checkpoint.folder)
         job = _Job(moe, recipe, device)
         check_coverage(moe, job.expert_parameters())  # now, and not after hours
+        if job.needs.self_sampled:
+            windows = _self_sampled(moe, checkpoint.folder, calibration, progress)
+            calibration = dataclasses.replace(calibration, text="self-sampled", split="train")
         settings: dict[str, Any] = {"recipe": recipe.to_dict()}
         if windows is not None:
             settings["calibration"] = {**calibration.to_dict(), "digest": windows_digest(windows)}
@@ -141,7 +149,9 @@ def _checked_early(
         for projection, shape in zip(PROJECTIONS, shapes, strict=True):
             bits += job.planned_bits((layout.experts, *shape), projection)
     windows = None
-    if job.needs.anything or job.method.survey is not None:
+    if job.needs.self_sampled:
+        begins_with(_tokenizer(checkpoint.folder), calibration.bos)
+    elif job.needs.anything or job.method.survey is not None:
         windows = _windows(checkpoint.folder, calibration, moe)
         tell_of_positions(moe.model.config, windows.shape[1])
     rest = sum(tensor.end - tensor.begin for name, tensor in checkpoint.tensors.items() if name not in replaced)
@@ -298,16 +308,29 @@ def _layer_entry(weights: ExpertWeights, stats: LayerStats | None, stored_bits: 
 
 
 def _windows(folder: Path, calibration: CalibrationSettings, moe: MoeModel) -> Tensor:
+    windows = calibration_windows(calibration, _tokenizer(folder))
+    check_tokens(moe.model, windows)
+    return windows
+
+
+def _self_sampled(moe: MoeModel, folder: Path, calibration: CalibrationSettings, progress: Progress) -> Tensor:
+    """As many windows as the calibration asks for, written by the model."""
+    if calibration.text != CalibrationSettings.text:
+        _log.warning("calibration text %s: not read, the model writes its own; self_sampling=false reads it", calibration.text)
+    head = begins_with(_tokenizer(folder), calibration.bos)
+    return balanced_windows(
+        moe, calibration.windows, calibration.window_length, head=head, seed=calibration.seed, progress=progress
+    )
+
+
+def _tokenizer(folder: Path) -> Any:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers and tokenizers raise whatever a damaged or newer file does to them
         raise CheckpointError(
             f"{folder}: has no tokenizer that transformers can load ({type(error).__name__}: {first_line(error)}); "
             "calibration needs one"
         ) from error
-    windows = calibration_windows(calibration, tokenizer)
-    check_tokens(moe.model, windows)
-    return windows
 
 
 class _Clock:
