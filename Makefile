@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test kills check style bench clean
+LOWEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
+
+.PHONY: demo test lowest kills check style bench clean
 
 demo: $(READY)  ## the reference model from 16 bit to one, with a table, a figure and what each model writes
 	rm -rf demo
@@ -12,6 +14,11 @@ demo: $(READY)  ## the reference model from 16 bit to one, with a table, a figur
 
 test: $(READY)  ## every test, in parallel
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 10
+
+lowest: $(READY)  ## loading and quantizing with the lowest transformers that pyproject.toml allows
+	rm -rf build/lowest
+	$(BIN)/python -m pip install -q --no-deps --target build/lowest 'transformers==$(LOWEST)'
+	PYTHONPATH=build/lowest $(BIN)/python -m pytest -n 2 --dist loadfile tests/hf tests/pipeline/test_run.py
 
 kills: $(READY)  ## 210 runs that are killed at file-system operations and finished: the bytes of a run that was not stopped
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kills --count 70

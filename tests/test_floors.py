@@ -9,7 +9,7 @@ import moebius
 
 ROOT = Path(moebius.__file__).parent
 FLOORS = {
-    0: {"errors", "options", "table", "recipe", "types", "progress", "memory", "reference_model", "unfinished"},
+    0: {"errors", "options", "table", "recipe", "types", "progress", "memory", "json_file", "reference_model", "unfinished"},
     1: {"linalg", "formats"},
     2: {"basis", "quantize", "allocate", "correct", "kernels"},
     3: {"methods", "models", "checkpoint", "calibrate", "runtime"},

@@ -41,7 +41,10 @@ def packed_folder(folder: Path, projection: PackedProjection) -> Path:
     folder.mkdir(exist_ok=True)
     save_file(tensors, folder / "model.safetensors")
     modules = {name: projection.spec(), "model.layers.0.mlp.gate": router.spec()}
-    config = {"num_experts_per_tok": 2, "quantization_config": {"quant_method": "moebius", "modules": modules}}
+    config = {
+        "num_experts_per_tok": 2,
+        "quantization_config": {"quant_method": "moebius", "format_version": 1, "modules": modules},
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 

@@ -205,7 +205,9 @@ def test_mxmoe_spends_its_budget_as_an_exhaustive_search_would() -> None:
     recipe = Recipe.make("mxmoe", 4.5, group_size=0)
     shares = mxmoe.allocate(surveys, recipe)
     # Records are two bytes of scale and the packed codes of a row; a matrix has four bits for the width of each row.
-    sizes = [torch.tensor([rows * (2 + -(-columns * bits // 8)) for bits in range(1, 9)]) for rows, columns in ((4, 24), (24, 4))]
+    sizes = [
+        torch.tensor([rows * (2 + -(-columns * bits // 8)) for bits in range(1, 9)]) for rows, columns in ((4, 24), (24, 4))
+    ]
     costs = [*surveys[0]["costs"].flatten(0, 1), *surveys[1]["costs"].flatten(0, 1)]
     taken = [*[sizes[0]] * 4, sizes[1]]
     budget = int(4.5 * 2 * 8 * 24 / 8) + int(4.5 * 24 * 4 / 8) - 2 * 4 - 12

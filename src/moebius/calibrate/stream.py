@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from moebius.calibrate.accumulate import ProjectionSums
-from moebius.calibrate.layerwise import HiddenStates, LayerRunner, calibrating, hidden_states, in_float32, removed
+from moebius.calibrate.layerwise import LayerRunner, calibrating, check_layerwise, in_float32, removed
 from moebius.calibrate.observe import Observation, observed
+from moebius.calibrate.states import HiddenStates, LayerState, Place, hidden_states
 from moebius.errors import CalibrationError
 from moebius.progress import Progress, Silent
 from moebius.types import PROJECTIONS, CalibrationNeeds, ExpertWeights, LayerStats, MoeLayer, MoeModel
@@ -83,6 +84,7 @@ def stream_statistics(
     observing: dict[int, list[MoeLayer]] = {}
     for layer in moe.moe_layers:
         observing.setdefault(layer.decoder_layer, []).append(layer)
+    check_layerwise(moe, windows)
     first, depth = min(wanted), len(moe.decoder) if needs.gradients else max(wanted) + 1
     with ExitStack() as stack:
         stack.enter_context(calibrating(moe))
@@ -149,7 +151,7 @@ class _Passes:
         for number, ids in enumerate(self.batches):
             gradients = []
             # One window at a time: logits are as wide as the vocabulary.
-            outputs = self.states.pop(str(len(self.moe.decoder)), number)
+            outputs = self.states.pop(str(len(self.moe.decoder)), number).hidden
             for window, output in zip(ids.split(1), outputs.split(1), strict=True):
                 hidden = output.requires_grad_()
                 logits = self.runner.logits(window, hidden)[:, :-1].float()
@@ -160,18 +162,20 @@ class _Passes:
                         "are the weights intact, and does the tokenizer belong to the model?"
                     )
                 gradients += torch.autograd.grad(loss, hidden)
-            self.states.put(_GRADIENT, number, torch.cat(gradients))
+            self.states.put(_GRADIENT, number, LayerState(torch.cat(gradients)))
 
     @torch.enable_grad()
     def backward(self, index: int, layers: list[MoeLayer]) -> list[_LayerSums]:
         """Send the gradient back through decoder layer ``index``; take the statistics of ``layers``."""
         with self._layer(index, layers) as sums:
             for number, ids in enumerate(self.batches):
-                hidden = self.states.pop(str(index), number).requires_grad_()
+                state = self.states.pop(str(index), number)
+                for tensor in state.differentiable().values():
+                    tensor.requires_grad_()
                 with observed(self.observing.get(index, [])) as seen, _routers_watched(sums):
-                    output = self.runner.layer(index, ids, hidden)
+                    output = self.runner.layer(index, ids, state)
                 watched = [observation.outputs[name] for _, observation in seen for name in PROJECTIONS]
-                gradient, *at_outputs = torch.autograd.grad(output, [hidden, *watched], self.states.pop(_GRADIENT, number))
+                gradient, at_outputs = _gradients(state, output, self.states.pop(_GRADIENT, number), watched)
                 self.states.put(_GRADIENT, number, gradient)
                 for layer, observation in seen:
                     of_projection = {name: at_outputs.pop(0) for name in PROJECTIONS}
@@ -184,6 +188,27 @@ class _Passes:
         """A decoder layer with its weights in memory and in float32, and empty sums for its MoE layers."""
         with self.resident(index), in_float32(self.moe.decoder[index]):
             yield [_LayerSums(layer, self.needs, self.left_factors) for layer in layers]
+
+
+def _gradients(
+    state: LayerState, output: LayerState, at_output: LayerState, watched: Sequence[Tensor]
+) -> tuple[LayerState, list[Tensor]]:
+    """The gradient at everything that entered a layer, and at the tensors ``watched`` within it."""
+    leaves, given = state.differentiable(), at_output.tensors()
+    results = {place: tensor for place, tensor in output.differentiable().items() if place in given and tensor.requires_grad}
+    found = torch.autograd.grad(
+        list(results.values()), [*leaves.values(), *watched], [given[place] for place in results], allow_unused=True
+    )
+    at_leaves: dict[Place, Tensor] = {}
+    for place, gradient in zip(leaves, found, strict=False):
+        # What no later layer has used has no gradient; the hidden state always has one.
+        if gradient is not None or not place:
+            at_leaves[place] = leaves[place].new_zeros(leaves[place].shape) if gradient is None else gradient
+    at_watched = [
+        torch.zeros_like(tensor) if gradient is None else gradient
+        for tensor, gradient in zip(watched, found[len(leaves) :], strict=True)
+    ]
+    return LayerState.of(at_leaves), at_watched
 
 
 class _LayerSums:

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from moebius.checkpoint.shards import DTYPE_NAMES, StoredTensor, read_folder, write_text
-from moebius.errors import CheckpointError
+import torch
+
+from moebius.checkpoint.guards import check_all_listed
+from moebius.checkpoint.shards import DTYPE_NAMES, StoredTensor, is_guard, read_folder, write_text
+from moebius.errors import CheckpointError, first_line
+from moebius.formats import Packed, PackedProjection
 from moebius.formats.base import empty_like_spec
 from moebius.formats.projection import empty_projection
+from moebius.json_file import field, read_object
 
 MANIFEST_NAME = "moebius_manifest.json"
 FORMAT_VERSION = 1
 
 
 def manifest_text(entries: Mapping[str, Mapping[str, Any]]) -> str:
-    """The manifest of these tensors (name to file, shape, dtype, sha256), ready to be written."""
-    return json.dumps({"format_version": FORMAT_VERSION, "tensors": dict(sorted(entries.items()))}, indent=1) + "\n"
+    """The manifest of these tensors (name to file, shape, dtype, sha256), ready to be written.
+
+    Guards are not listed: they hold nothing, and a checkpoint is read as well without them.
+    """
+    listed = {name: entry for name, entry in sorted(entries.items()) if not is_guard(name, entry["shape"], entry["dtype"])}
+    return json.dumps({"format_version": FORMAT_VERSION, "tensors": listed}, indent=1) + "\n"
 
 
 def write_manifest(folder: Path) -> None:
@@ -30,6 +40,50 @@ def write_manifest(folder: Path) -> None:
     write_text(folder / MANIFEST_NAME, manifest_text(entries))
 
 
+def quantization_of(config: Mapping[str, Any], where: object) -> dict[str, Any] | None:
+    """What a ``config.json`` says about how Moebius packed the checkpoint; None if something else did, or nothing.
+
+    Raises:
+        CheckpointError: a version that is not read here, or something other than a description per module.
+    """
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, Mapping) or quantization.get("quant_method") != "moebius":
+        return None
+    check_version(quantization.get("format_version"), str(where))
+    check_modules(quantization.get("modules"), where)
+    for name in ("recipe", "calibration"):
+        field(quantization, name, dict, where, {})
+    return dict(quantization)
+
+
+def check_modules(modules: Any, where: object) -> None:
+    """Refuse ``modules`` that is not an object of objects, or empty.
+
+    Raises:
+        CheckpointError: says what it is.
+    """
+    if not isinstance(modules, dict) or not modules:
+        raise CheckpointError(f"{where}: quantization_config names no packed `modules`; fetch config.json again")
+    for module, spec in modules.items():
+        parts = [spec] if not isinstance(spec, dict) or "format" in spec else list(spec.values())
+        if not all(isinstance(part, dict) for part in parts) or not module:
+            raise CheckpointError(f"{where}: modules[{module!r}] is {str(spec)[:60]!r}, wanted the description of a format")
+
+
+def read_packed_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``config.json`` of a packed checkpoint, and what it says about Moebius.
+
+    Raises:
+        CheckpointError: a checkpoint that Moebius did not pack, or a config that cannot be read.
+    """
+    path = folder / "config.json"
+    config = read_object(path)
+    quantization = quantization_of(config, path)
+    if quantization is None:
+        raise CheckpointError(f"{folder}: got a checkpoint that Moebius did not pack; wanted one with quant_method 'moebius'")
+    return config, quantization
+
+
 def verify(folder: Path, *, hashes: bool = False) -> int:
     """Check a packed checkpoint against its manifest and against the formats that its config names.
 
@@ -38,27 +92,37 @@ def verify(folder: Path, *, hashes: bool = False) -> int:
         hashes: also read every tensor and compare its sha256; without, only the headers of the files are read.
 
     Returns:
-        How many tensors there are.
+        How many tensors there are, guards (see :mod:`moebius.checkpoint.guards`) not counted.
 
     Raises:
-        CheckpointError: naming the tensor or file that is missing, extra, truncated, or of another shape, dtype or content.
+        CheckpointError: naming the tensor or file that is missing, extra, truncated, or of another shape, dtype or content, or
+            the packed tensors that the config leaves out.
     """
     folder = Path(folder)
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        quantization = config.get("quantization_config") or {}
-    except (OSError, ValueError, AttributeError):
-        raise CheckpointError(f"{folder / 'config.json'}: missing or not a JSON object; fetch the checkpoint again") from None
-    if quantization.get("quant_method") != "moebius":
-        raise CheckpointError(f"{folder}: got a checkpoint that Moebius did not pack; wanted one with quant_method 'moebius'")
-    check_version(quantization.get("format_version"), str(folder / "config.json"))
-    return verify_modules(folder, folder / MANIFEST_NAME, quantization.get("modules") or {}, hashes=hashes)
+    config, quantization = read_packed_config(folder)
+    stored = read_folder(folder, config, guards=True)
+    verify_modules(stored, folder / MANIFEST_NAME, quantization["modules"], hashes=hashes)
+    check_all_listed(stored, quantization["modules"])
+    return sum(not tensor.is_guard for tensor in stored.values())
 
 
-def verify_modules(folder: Path, manifest: Path, modules: Mapping[str, Any], *, hashes: bool = False) -> int:
-    """:func:`verify` for a config that has been read already, and a manifest that may lie elsewhere (a hub's cache)."""
+def verify_modules(
+    got: Mapping[str, StoredTensor], manifest: Path, modules: Mapping[str, Any], *, hashes: bool = False
+) -> None:
+    """:func:`verify` for files whose headers have been read already, and a manifest that may lie elsewhere (a hub's cache).
+
+    Args:
+        got: what the files hold that are loaded.
+        manifest: the file.
+        modules: of the ``quantization_config``.
+        hashes: also compare every tensor's sha256.
+
+    Raises:
+        CheckpointError: as :func:`verify`.
+    """
     wanted = _read(manifest)
-    got = read_folder(folder)
+    folder = manifest.parent
+    got = {name: tensor for name, tensor in got.items() if not tensor.is_guard}
     for name in sorted(wanted.keys() - got.keys()):
         raise CheckpointError(f"{name}: missing from {folder}, though the manifest lists it; fetch the checkpoint again")
     for name in sorted(got.keys() - wanted.keys()):
@@ -72,10 +136,21 @@ def verify_modules(folder: Path, manifest: Path, modules: Mapping[str, Any], *, 
             if (tensor := got[name]).shape != shape or tensor.dtype != dtype:
                 raise CheckpointError(f"{name}: got {tensor.shape} {tensor.dtype}, wanted {shape} {dtype} as config.json says")
     if hashes:
-        for name, tensor in got.items():
-            if tensor.sha256() != wanted[name]["sha256"]:
-                raise CheckpointError(f"{name}: the bytes in {tensor.file} are not those that were written; fetch it again")
-    return len(got)
+        check_hashes(got, {name: str(entry.get("sha256")) for name, entry in wanted.items()})
+
+
+def check_hashes(tensors: Mapping[str, StoredTensor], wanted: Mapping[str, str]) -> None:
+    """Read every tensor and compare its sha256, on as many threads as torch uses.
+
+    Raises:
+        CheckpointError: names the first tensor, in the order of the names, whose bytes are others.
+    """
+    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+        hashes = pool.map(lambda name: tensors[name].sha256(), names := sorted(tensors))
+        for name, found in zip(names, hashes, strict=True):
+            if found != wanted[name]:
+                file = tensors[name].file
+                raise CheckpointError(f"{name}: the bytes in {file} are not those that were written; fetch it again")
 
 
 def expected_tensors(module: str, spec: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -88,11 +163,21 @@ def expected_tensors(module: str, spec: Mapping[str, Any]) -> dict[str, tuple[tu
     Raises:
         CheckpointError: a spec that no format of this version describes.
     """
-    try:
-        packed = empty_projection(dict(spec)) if "factor" in spec else empty_like_spec(dict(spec))
-    except Exception as error:  # whatever a damaged spec does to the constructor of a format
-        raise CheckpointError(f"{module}: config.json describes it in a way this version does not know: {error}") from error
+    packed = packed_from_spec(module, spec)
     return {f"{module}.{name}": (tuple(t.shape), DTYPE_NAMES[t.dtype]) for name, t in packed.tensors().items()}
+
+
+def packed_from_spec(module: str, spec: Mapping[str, Any]) -> PackedProjection | Packed:
+    """A packed module as its description says it is, with tensors on the meta device.
+
+    Raises:
+        CheckpointError: a spec that no format of this version describes.
+    """
+    try:
+        return empty_projection(dict(spec)) if "factor" in spec else empty_like_spec(dict(spec))
+    except Exception as error:  # whatever a damaged spec does to the constructor of a format
+        message = f"{module}: config.json describes it in a way this version does not know: {first_line(error)}"
+        raise CheckpointError(message) from error
 
 
 def check_version(version: Any, where: str) -> None:
@@ -101,19 +186,18 @@ def check_version(version: Any, where: str) -> None:
     Raises:
         CheckpointError: says which versions it reads.
     """
-    if version != FORMAT_VERSION:
+    if version != FORMAT_VERSION or isinstance(version, bool):
         raise CheckpointError(f"{where}: got format_version {version!r}, wanted {FORMAT_VERSION}; install a newer Moebius")
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        check_version(content["format_version"], str(path))
-        return content["tensors"]
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing; without it the checkpoint cannot be checked, fetch it again") from None
-    except (OSError, ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{path}: cannot be read; fetch it again") from None
+    content = read_object(path)
+    check_version(content.get("format_version"), str(path))
+    tensors: dict[str, dict[str, Any]] = field(content, "tensors", dict, path)
+    for name, entry in tensors.items():
+        if not isinstance(entry, dict) or not {"file", "shape", "dtype", "sha256"} <= entry.keys():
+            raise CheckpointError(f"{path}: says {str(entry)[:60]!r} of {name}, wanted file, shape, dtype and sha256")
+    return tensors
 
 
 def _compare(name: str, got: StoredTensor, wanted: Mapping[str, Any]) -> None:

@@ -43,6 +43,23 @@ def expert_tensor_names(checkpoint: SourceCheckpoint, model: PreTrainedModel, mo
     return set(standing)
 
 
+def tied_copies(checkpoint: SourceCheckpoint, model: PreTrainedModel) -> set[str]:
+    """Checkpoint tensors that repeat, byte for byte, another one that the model ties them to: a head beside its embeddings."""
+    ties: dict[str, str] = model.all_tied_weights_keys
+    if not ties:
+        return set()
+    stored = {target: name for name, targets in parameters_of(checkpoint.names(), model).items() for target in targets}
+    found = set()
+    for copy, original in ties.items():
+        first, second = stored.get(original), stored.get(copy)
+        if first is None or second is None or first == second:
+            continue
+        a, b = checkpoint.tensors[first], checkpoint.tensors[second]
+        if (a.shape, a.dtype) == (b.shape, b.dtype) and a.sha256() == b.sha256():
+            found.add(second)
+    return found
+
+
 def parameters_of(names: Collection[str], model: PreTrainedModel) -> dict[str, set[str]]:
     """Checkpoint names to the parameters and buffers they are loaded into; names that the model ignores are left out."""
     transforms = get_model_conversion_mapping(model)

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from moebius.checkpoint.shards import StoredTensor, read_folder
-from moebius.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
+from moebius.checkpoint.quantized import refuse_codes, refuse_quantized_config
+from moebius.checkpoint.shards import DTYPES, StoredTensor, leftovers, read_folder, weight_files
+from moebius.errors import CheckpointError, ModelNotFoundError
+from moebius.json_file import read_object
 from moebius.progress import Progress, Silent
 
 # Everything of a hub repository that a checkpoint is made of; not its copies in other formats.
@@ -46,16 +52,42 @@ class SourceCheckpoint:
         Raises:
             ModelNotFoundError: nothing there.
             CheckpointError: a shard that is missing, truncated, unreadable or not what the index says.
-            UnsupportedModelError: a checkpoint that is quantized already.
+            UnsupportedModelError: a checkpoint that is quantized already, by its config or by its tensors.
         """
         folder = locate(source)
-        config = _config(folder)
-        if quantization := config.get("quantization_config"):
-            method = quantization.get("quant_method", "an unknown method")
-            raise UnsupportedModelError(f"{source}: is quantized already ({method}); give the original in 16 or 32 bit")
-        tensors = dict(sorted(read_folder(folder).items()))
+        config = read_config(folder)
+        refuse_quantized_config(config, source)
+        tensors = dict(sorted(read_folder(folder, config).items()))
+        refuse_codes(tensors, source)
+        _say_leftovers(folder, leftovers(weight_files(folder, config)[1], tensors))
         files = {folder / "config.json", *(tensor.file for tensor in tensors.values())}
         return cls(folder, config, tensors, {file: _stamp(file) for file in sorted(files)})
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights as they are stored, whatever the config says: that of most bytes."""
+        taken: Counter[str] = Counter()
+        for tensor in self.tensors.values():
+            if DTYPES[tensor.dtype].is_floating_point:
+                taken[tensor.dtype] += tensor.end - tensor.begin
+        return DTYPES[max(taken, key=lambda dtype: (taken[dtype], dtype))] if taken else torch.float32
+
+    def packed_config(self, quantization_config: dict[str, Any]) -> dict[str, Any]:
+        """``config.json`` of what is packed from this checkpoint.
+
+        Its dtype is that of the stored weights where the config has none, or float16, which does not hold what bfloat16 holds.
+        Code of the checkpoint's own is not named any more: what was packed are the modules of transformers' class.
+        """
+        config = {**self.config, "quantization_config": quantization_config}
+        named = config.get("dtype") or config.get("torch_dtype")
+        if named is None or (named == "float16" and self.dtype != torch.float16):
+            config.pop("torch_dtype", None)
+            config["dtype"] = str(self.dtype).removeprefix("torch.")
+        if isinstance(code := config.pop("auto_map", None), dict):
+            others = {name: place for name, place in code.items() if not name.startswith(("AutoModel", "AutoConfig"))}
+            if others:
+                config["auto_map"] = others
+        return config
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -90,8 +122,15 @@ class SourceCheckpoint:
             if not file.exists() or _stamp(file) != stamp:
                 raise CheckpointError(f"{file}: was changed while it was read; nothing was written, run again")
 
-    def check_finite(self, names: Collection[str], progress: Progress | None = None) -> None:
+    def check_finite(
+        self, names: Collection[str], progress: Progress | None = None, infinite: Collection[str] = frozenset()
+    ) -> None:
         """Refuse NaN and Inf, one tensor in memory at a time.
+
+        Args:
+            names: what to look at.
+            progress: told about every tensor.
+            infinite: those that may hold Inf (a mask, a bound), because they are copied and not computed with here.
 
         Raises:
             CheckpointError: naming the tensor and how many of its values are not finite.
@@ -103,8 +142,7 @@ class SourceCheckpoint:
             if tensor.is_floating_point():
                 bad = 0
                 for piece in tensor.view(-1).split(_FINITE_CHUNK):
-                    wide = piece.float() if piece.element_size() == 1 else piece  # float8 has no isfinite
-                    bad += int((~wide.isfinite()).sum())
+                    bad += int(piece.isnan().sum() if name in infinite else (~piece.isfinite()).sum())
                 if bad:
                     raise CheckpointError(
                         f"{self.tensors[name].file}: {name} holds {bad} values that are NaN or Inf; it cannot be quantized"
@@ -139,14 +177,25 @@ def locate(source: str | Path) -> Path:
         raise ModelNotFoundError(f"{source}: no such folder, and the hub did not give it ({reason})") from None
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` of a checkpoint.
+
+    Raises:
+        ModelNotFoundError: there is none.
+        CheckpointError: it cannot be read.
+    """
     path = folder / "config.json"
     if not path.is_file():
         raise ModelNotFoundError(f"{folder}: no config.json in this folder; is it a transformers checkpoint?")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise CheckpointError(f"{path}: is not JSON; fetch it again") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: is not a JSON object; fetch it again")
-    return config
+    return read_object(path)
+
+
+@cache
+def _say(message: str) -> None:
+    """Once per process: several commands open a checkpoint more than once."""
+    logging.getLogger("moebius").warning(message)
+
+
+def _say_leftovers(folder: Path, names: list[str]) -> None:
+    if names:
+        _say(f"{folder}: the index names {len(names)} tensors that no file holds, such as {names[0]}; they are ignored")

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +20,14 @@ import torch
 from torch import Tensor
 
 from moebius.errors import CheckpointError
+from moebius.json_file import field, parse_object, read_object
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+INDEX_ENDING = ".safetensors.index.json"
+
+#: What scales are called that belong to a weight of the same name without the ending.
+SCALES = ("_scale_inv", "_scale", ".SCB")
 
 _CACHE_LINE = 64
 #: What safetensors calls the dtypes.
@@ -61,6 +66,15 @@ class TensorSource(Protocol):
         """The bytes, in pieces."""
 
 
+#: What the parameters are called that a guard may stand for.
+_GUARDED_NAMES = {"gate_up_proj", "up_proj", "down_proj", "weight"}
+
+
+def is_guard(name: str, shape: Sequence[int], dtype: str) -> bool:
+    """Whether a tensor is a guard. Parts of a packed layer without planes hold nothing either: they have other names."""
+    return tuple(shape) == (0,) and dtype == "U8" and name.rpartition(".")[2] in _GUARDED_NAMES
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """A tensor in a file.
@@ -76,6 +90,11 @@ class StoredTensor:
     file: Path
     begin: int
     end: int
+
+    @property
+    def is_guard(self) -> bool:
+        """Whether it holds nothing and only keeps its name taken, see :mod:`moebius.checkpoint.guards`."""
+        return is_guard(self.name, self.shape, self.dtype)
 
     def chunks(self) -> Iterator[bytes]:
         """The bytes, at most 16 MiB at a time."""
@@ -153,18 +172,20 @@ def _read_header(path: Path, file: BinaryIO) -> dict[str, StoredTensor]:
         )
     tensors = {}
     try:
-        header = json.loads(file.read(start - 8))
+        header = parse_object(file.read(start - 8), str(path))
         for name, entry in header.items():
             if name != "__metadata__":
-                begin, end = entry["data_offsets"]
-                tensors[name] = StoredTensor(name, entry["dtype"], tuple(entry["shape"]), path, start + begin, start + end)
-    except (ValueError, KeyError, TypeError, AttributeError):
+                begin, end = _sizes(entry["data_offsets"])
+                shape = _sizes(entry["shape"])
+                tensors[name] = StoredTensor(name, str(entry["dtype"]), shape, path, start + begin, start + end)
+    except (CheckpointError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{path}: its header cannot be read; the file is damaged, fetch it again") from None
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
             raise CheckpointError(f"{path}: {name} has dtype {tensor.dtype}; wanted one of {', '.join(DTYPES)}")
         if tensor.end - tensor.begin != byte_count(tensor.dtype, tensor.shape):
             raise CheckpointError(f"{path}: {name} takes {tensor.end - tensor.begin} bytes, its shape {tensor.shape} does not")
+    _check_no_gaps(path, start, tensors.values())
     wanted = max((tensor.end for tensor in tensors.values()), default=start)
     if size != wanted:
         what = "the file is truncated" if size < wanted else "something was appended to it"
@@ -172,38 +193,116 @@ def _read_header(path: Path, file: BinaryIO) -> dict[str, StoredTensor]:
     return tensors
 
 
-def read_folder(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a checkpoint: of the shards that its index names, or of its one file.
+def _sizes(values: Any) -> tuple[int, ...]:
+    """Whole numbers that a file can have; not booleans, not fractions."""
+    sizes = tuple(values)
+    if not all(type(size) is int and 0 <= size < 1 << 63 for size in sizes):
+        raise ValueError(f"got {sizes}, wanted sizes")
+    return sizes
+
+
+def _check_no_gaps(path: Path, start: int, tensors: Iterable[StoredTensor]) -> None:
+    """Two tensors over the same bytes, or bytes of no tensor: safetensors refuses them as well."""
+    end = start
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.begin, tensor.end)):
+        if tensor.begin != end and tensor.begin != tensor.end:
+            what = "overlaps another tensor" if tensor.begin < end else f"leaves {tensor.begin - end} bytes to no tensor"
+            raise CheckpointError(f"{path}: {tensor.name} {what}; the file is damaged, fetch it again")
+        end = max(end, tensor.end)
+
+
+def weight_files(folder: Path, config: Mapping[str, Any] | None = None) -> tuple[list[Path], dict[str, str]]:
+    """The files that transformers loads from a folder: its one file, else the shards that the index names.
+
+    An index beside ``model.safetensors`` is left over from another model; transformers does not look at it, and neither is it
+    looked at here.
+
+    Of the names in the index, transformers looks at the shards only.
+
+    Args:
+        folder: the checkpoint.
+        config: its ``config.json``, which may name the file or the index (``transformers_weights``).
+
+    Returns:
+        The files, and for an index the file of every name in it.
 
     Raises:
-        CheckpointError: no weights, a shard that is missing or damaged, or an index that does not match its shards.
+        CheckpointError: no weights, an index that cannot be read, or a shard that is missing or outside the folder.
     """
-    index = folder / INDEX_NAME
+    named = (config or {}).get("transformers_weights")
+    if named is not None and (not isinstance(named, str) or not named.endswith((".safetensors", INDEX_ENDING))):
+        raise CheckpointError(f"{folder}: config.json names the weights {named!r}; wanted a safetensors file or its index")
+    if named is not None and not (_inside(folder, named) and (folder / named).is_file()):
+        raise CheckpointError(f"{folder}: config.json names the weights {named!r}, which are not in this folder")
+    single, index = folder / (named or SINGLE_NAME), folder / (named or INDEX_NAME)
+    if not single.name.endswith(INDEX_ENDING) and single.is_file():
+        return [single], {}
     if not index.is_file():
-        if (folder / SINGLE_NAME).is_file():
-            return read_shard(folder / SINGLE_NAME)
         if any(folder.glob("*.safetensors")):
             raise CheckpointError(f"{folder}: got shards but no {INDEX_NAME}; fetch the checkpoint again")
         if any(folder.glob("*.bin")):
             raise CheckpointError(f"{folder}: got .bin weights, wanted safetensors; load and save it with transformers")
         raise CheckpointError(f"{folder}: holds no weights; wanted {SINGLE_NAME} or {INDEX_NAME}")
-    try:
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{index}: cannot be read; fetch it again") from None
-    tensors: dict[str, StoredTensor] = {}
-    for file in files:
+    weight_map = field(read_object(index), "weight_map", dict, index)
+    files = set(weight_map.values()) if all(isinstance(file, str) for file in weight_map.values()) else {""}
+    for file in sorted(files):
+        if not file.endswith(".safetensors") or not _inside(folder, file):
+            raise CheckpointError(f"{index}: names the shard {file!r}; wanted safetensors files in the same folder")
         if not (folder / file).is_file():
-            raise CheckpointError(f"{folder}: shard {file} is missing, which {INDEX_NAME} names; fetch it again")
-        shard = read_shard(folder / file)
+            raise CheckpointError(f"{folder}: shard {file} is missing, which {index.name} names; fetch it again")
+    return [folder / file for file in sorted(files)], weight_map
+
+
+def _inside(folder: Path, name: str) -> bool:
+    """Whether a name is that of something in the folder, however it is spelled; links count as what they are called."""
+    try:
+        path = os.path.normpath(folder / name)
+    except ValueError:  # a null character
+        return False
+    return Path(path).is_relative_to(os.path.normpath(folder)) and "\0" not in name
+
+
+def read_folder(folder: Path, config: Mapping[str, Any] | None = None, *, guards: bool = False) -> dict[str, StoredTensor]:
+    """Every tensor of the files that transformers loads, see :func:`weight_files`.
+
+    Args:
+        folder: the checkpoint.
+        config: its ``config.json``, which may name other files.
+        guards: also those that hold nothing and only keep their names taken, see :mod:`moebius.checkpoint.guards`.
+
+    Raises:
+        CheckpointError: no weights, a shard that is missing or damaged, a tensor in two shards, or one that the index names and
+            no shard holds.
+    """
+    files, weight_map = weight_files(folder, config)
+    tensors = read_files(files)
+    for name in sorted(weight_map.keys() - tensors.keys() - set(leftovers(weight_map, tensors))):
+        file = folder / weight_map[name]
+        raise CheckpointError(f"{file}: {name} is not in it, though {INDEX_NAME} says so; fetch it again")
+    return {name: tensor for name, tensor in tensors.items() if guards or not tensor.is_guard}
+
+
+def leftovers(weight_map: Iterable[str], tensors: Mapping[str, StoredTensor]) -> list[str]:
+    """Scales that an index still names, of weights that are in the files: they went when the weights were dequantized."""
+    bases = ((name, name.removesuffix(ending)) for name in weight_map for ending in SCALES if name.endswith(ending))
+    return sorted({name for name, base in bases if name not in tensors and (base in tensors or f"{base}.weight" in tensors)})
+
+
+def read_files(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    """Every tensor of some safetensors files.
+
+    Raises:
+        CheckpointError: a file that is missing or damaged, or a tensor in two of them.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for path in files:
+        shard = read_shard(path)
         if twice := shard.keys() & tensors.keys():
             name = min(twice)
-            raise CheckpointError(f"{folder}: {name} is both in {tensors[name].file.name} and in {file}; wanted it once")
+            raise CheckpointError(
+                f"{path.parent}: {name} is both in {tensors[name].file.name} and in {path.name}; wanted it once"
+            )
         tensors |= shard
-    for name, file in weight_map.items():
-        if name not in tensors or tensors[name].file.name != file:
-            raise CheckpointError(f"{folder / file}: {name} is not in it, though {INDEX_NAME} says so; fetch it again")
     return tensors
 
 

@@ -15,6 +15,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from moebius import unfinished
+from moebius.checkpoint.companions import copy_companions
+from moebius.checkpoint.guards import guard_sources
 from moebius.checkpoint.manifest import MANIFEST_NAME, manifest_text
 from moebius.checkpoint.reader import SourceCheckpoint
 from moebius.checkpoint.shards import INDEX_NAME, MemoryTensor, StoredTensor, byte_count, read_shard, sync_folder, write_text
@@ -26,11 +28,8 @@ from moebius.formats.projection import projection_from_tensors
 #: Bytes of a shard of copied tensors; a single larger tensor gets a shard of its own.
 REST_SHARD_BYTES = 2_000_000_000
 
-# Weights in any format, what this module writes itself, and the model card, which describes another model.
-_NOT_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"}
 CONFIG_NAME = "config.json"
 _MOVING = "moving.json"
-_WRITTEN_HERE = {CONFIG_NAME, MANIFEST_NAME, INDEX_NAME, "README.md", "pytorch_model.bin.index.json"}
 
 
 class KeptTensors(Mapping[str, Tensor]):
@@ -131,8 +130,9 @@ class CheckpointWriter:
         Raises:
             OutputError: the disk is full or not writable. Finished layers stay.
         """
+        guards = guard_sources({path: p.spec() for path, p in packed.items()})
         with self._writing():
-            self.work.write(f"packed-{name}", _sources(packed), _record(name, packed, entry))
+            self.work.write(f"packed-{name}", [*_sources(packed), *guards], _record(name, packed, entry))
 
     def keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Remember tensors until the checkpoint is complete, also over a resumption.
@@ -194,12 +194,9 @@ class CheckpointWriter:
         entries = {name: e for record in self.work.parts() for name, e in record["tensors"].items()}
         total = sum(byte_count(e["dtype"], e["shape"]) for e in entries.values())
         index = {"metadata": {"total_size": total}, "weight_map": {n: e["file"] for n, e in sorted(entries.items())}}
-        config = {**checkpoint.config, "quantization_config": quantization_config}
+        config = checkpoint.packed_config(quantization_config)
         with self._writing():
-            for path in small_files(checkpoint.folder):
-                target = payload / path.relative_to(checkpoint.folder)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, target)
+            copy_companions(checkpoint.folder, payload)
             write_text(payload / INDEX_NAME, json.dumps(index, indent=1) + "\n")
             write_text(payload / MANIFEST_NAME, manifest_text(entries))
             for name, text in extra_files.items():
@@ -265,16 +262,6 @@ class CheckpointWriter:
                     "make room and run the same command again to resume"
                 ) from None
             raise OutputError(f"{self.out}: cannot be written ({error.strerror or error}); give another folder") from None
-
-
-def small_files(folder: Path) -> list[Path]:
-    """Everything of a checkpoint that travels with it: tokenizer, chat templates, generation config, code, license."""
-    found = [*folder.iterdir(), *(folder / "additional_chat_templates").glob("*")]
-    return sorted(
-        path
-        for path in found
-        if path.is_file() and path.suffix not in _NOT_COPIED and path.name not in _WRITTEN_HERE and path.name[0] != "."
-    )
 
 
 def _sources(packed: Mapping[str, PackedProjection | Packed]) -> list[MemoryTensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +11,8 @@ import typer
 
 from moebius.cli.options import AsJson, Model, display_name, model_or_reference
 from moebius.cli.output import note, print_json, print_tables
+from moebius.errors import CheckpointError
+from moebius.json_file import field, read_object
 from moebius.report.tables import TextTable, number
 from moebius.report.tables import size as bytes_text
 
@@ -35,9 +38,9 @@ def info(
     """
     source = model_or_reference(model)
 
+    from moebius.checkpoint.manifest import read_packed_config
     from moebius.checkpoint.manifest import verify as verify_manifest
     from moebius.cli.loading import checkpoint_folder, quiet_transformers
-    from moebius.errors import CheckpointError
     from moebius.evaluate.plan import checkpoint_size
     from moebius.evaluate.size import is_packed, packed_checkpoint_size
 
@@ -49,21 +52,40 @@ def info(
     if verify:
         verify_manifest(folder, hashes=True)
     size = packed_checkpoint_size(folder) if packed else checkpoint_size(folder)
-    quantization = json.loads((folder / "config.json").read_text()).get("quantization_config") or {}
-    report_file = folder / "moebius_report.json"
-    report = json.loads(report_file.read_text()) if report_file.exists() else {}
+    quantization = read_packed_config(folder)[1] if packed else {}
+    layers = report_layers(folder) if packed else []
     if as_json:
         recipe = {key: quantization[key] for key in ("format_version", "recipe", "calibration") if key in quantization}
-        print_json({"model": source, "verified": verify, **size.to_dict(), **recipe, "layers": report.get("layers", [])})
+        print_json({"model": source, "verified": verify, **size.to_dict(), **recipe, "layers": layers})
         return
     tables = [size_table(display_name(model), size)]
     if packed:
         tables += [module_table(size), recipe_table(quantization)]
-    if counted := [layer for layer in report.get("layers", []) if "tokens_per_expert" in layer]:
+    if counted := [layer for layer in layers if "tokens_per_expert" in layer]:
         tables.append(tokens_table(counted))
     print_tables(*tables)
+    if said := size.not_loaded.line():
+        note(said)
     if verify:
         note("verified: every tensor is the one that was written")
+
+
+def report_layers(folder: Path) -> list[dict[str, Any]]:
+    """What the report of a packed checkpoint says of its layers; nothing where there is no report.
+
+    Raises:
+        CheckpointError: a report that cannot be read, or is none.
+    """
+    path = folder / "moebius_report.json"
+    if not path.exists():
+        return []
+    layers: list[Any] = field(read_object(path), "layers", list, path, [])
+    for layer in layers:
+        counts = layer.get("tokens_per_expert", [0]) if isinstance(layer, dict) else None
+        named = isinstance(layer, dict) and isinstance(layer.get("name"), str)
+        if not named or not isinstance(counts, list) or not counts or not all(isinstance(n, int) for n in counts):
+            raise CheckpointError(f"{path}: layers hold {str(layer)[:60]!r}, wanted names and counts; fetch it again")
+    return layers
 
 
 def size_table(name: str, size: ModelSize) -> TextTable:

@@ -14,6 +14,7 @@ from moebius.checkpoint.reader import SourceCheckpoint, locate
 from moebius.checkpoint.shards import read_folder
 from moebius.errors import CheckpointError, MoebiusError
 from moebius.evaluate.size import is_packed
+from moebius.hf.hashes import hashes_unless_unwanted
 from moebius.memory import require_memory
 from moebius.models.load import why_not_loaded
 
@@ -21,7 +22,7 @@ DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, 
 
 
 def load_model(source: str | Path, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
-    """A causal language model in evaluation mode, its files checked first.
+    """A causal language model in evaluation mode, its files checked first, also by their hashes unless ``MOEBIUS_HASHES=0``.
 
     Args:
         source: folder or hub name.
@@ -34,7 +35,8 @@ def load_model(source: str | Path, dtype: str = "float32", device: str = "cpu") 
     quiet_transformers()
     folder = checkpoint_folder(source)
     require_memory(_bytes_in_memory(folder, dtype), f"{source} in {dtype if dtype != 'auto' else 'its own dtype'}")
-    model = _loaded(AutoModelForCausalLM, source, folder, dtype=DTYPES[dtype])
+    with hashes_unless_unwanted():
+        model = _loaded(AutoModelForCausalLM, source, folder, dtype=DTYPES[dtype])
     return model.eval().to(device)
 
 

@@ -18,7 +18,7 @@ from moebius.cli.options import (
     model_or_reference,
     recipe_from,
 )
-from moebius.cli.output import print_json, print_tables
+from moebius.cli.output import note, print_json, print_tables
 from moebius.recipe import DEFAULT_METHOD, CalibrationSettings
 from moebius.report.tables import TextTable, number
 from moebius.report.tables import size as bytes_text
@@ -67,6 +67,8 @@ def plan(
         print_json({"model": source, "recipe": recipe.to_dict(), **planned.to_dict()})
     else:
         print_tables(*plan_tables(display_name(model), recipe.method, planned))
+        if said := planned.before.not_loaded.line():
+            note(said)
 
 
 def plan_tables(name: str, method: str, plan: Plan) -> list[TextTable]:

@@ -94,9 +94,11 @@ def quantize(
     from moebius.cli.info import size_table
 
     print_tables(size_table(f"{display_name(model)} → {folder}", size))
+    if said := size.not_loaded.line():
+        note(said)
     seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in report["seconds"].items())
     note(f"{seconds}; peak memory {report['peak_memory_bytes'] / 1e9:.2f} GB")
-    note(f'import moebius, then AutoModelForCausalLM.from_pretrained("{folder}"); or: moebius generate {folder}')
+    note(f'AutoModelForCausalLM.from_pretrained("{folder}") loads it; or: moebius generate {folder}')
 
 
 def default_folder(source: str, recipe: Recipe) -> Path:

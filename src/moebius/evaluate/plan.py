@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from moebius.calibrate.layerwise import STATES_IN_MEMORY, states_bytes
+from moebius.calibrate.states import STATES_IN_MEMORY, states_bytes
+from moebius.checkpoint.names import expert_tensor_names
+from moebius.checkpoint.not_loaded import not_loaded
+from moebius.checkpoint.quantized import refuse_quantized_config
 from moebius.checkpoint.reader import SourceCheckpoint
+from moebius.errors import CheckpointError, ModelNotFoundError
 from moebius.evaluate.size import ModelSize, ModuleSize, experts_per_token, file_bytes, folder_bytes, packed_module
 from moebius.formats import Packed, PackedProjection
 from moebius.methods import METHODS
@@ -89,21 +94,58 @@ def plan_model(source: PretrainedConfig | str | Path, recipe: Recipe, calibratio
         ModelNotFoundError: no such file, folder or name.
         UnsupportedModelError: a model without experts that Moebius can read.
     """
+    checkpoint = _weights_beside(source)
     moe = skeleton(source)
-    before = _original_size(moe)
+    refuse_quantized_config(moe.model.config.to_dict(), moe.model.config.model_type)
+    before = _original_size(moe) if checkpoint is None else _size_with_weights(moe, checkpoint)
     return Plan(
         before, _size_after(moe, before, recipe), len(moe.moe_layers), _peak_memory(moe, recipe, calibration, before.top_k)
     )
 
 
+def _weights_beside(source: PretrainedConfig | str | Path) -> SourceCheckpoint | None:
+    """The checkpoint of a config, where its weights lie beside it; a plan needs none.
+
+    Raises:
+        UnsupportedModelError: it is quantized already.
+    """
+    if isinstance(source, PretrainedConfig) or not Path(source).expanduser().is_dir():
+        return None
+    try:
+        return SourceCheckpoint.open(source)
+    except (CheckpointError, ModelNotFoundError):
+        return None
+
+
+def _size_with_weights(moe: MoeModel, checkpoint: SourceCheckpoint) -> ModelSize:
+    """The original in the dtype that it is stored in, with what it stores beside the model."""
+    _in_dtype(moe, checkpoint.dtype)
+    size, beside = _original_size(moe), not_loaded(checkpoint.tensors, moe)
+    return replace(
+        size,
+        other_weights=size.other_weights + beside.weights,
+        other_bits=size.other_bits + 8 * beside.bytes,
+        not_loaded=beside,
+    )
+
+
+def _in_dtype(moe: MoeModel, dtype: torch.dtype | None) -> None:
+    """The stored dtype decides what the original takes, not what the config says, or leaves out."""
+    if dtype is not None and dtype != moe.model.dtype:
+        nn.Module.to(moe.model, dtype)
+
+
 def checkpoint_size(source: str | Path) -> ModelSize:
-    """The size of a checkpoint that is not packed; expert weights are counted in the dtype of its config.
+    """The size of a checkpoint that is not packed; expert weights are counted in the dtype that most bytes are stored in.
 
     Raises:
         MoebiusError: as :func:`plan_model`, or a damaged checkpoint.
     """
     checkpoint = SourceCheckpoint.open(source)
-    size = _original_size(skeleton(checkpoint.folder))
+    moe = skeleton(checkpoint.folder)
+    expert_tensor_names(checkpoint, moe.model, [_path(layer, p) for layer in moe.moe_layers for p in PROJECTIONS])
+    _in_dtype(moe, checkpoint.dtype)
+    size = _original_size(moe)
     return ModelSize(
         modules=size.modules,
         other_weights=sum(math.prod(t.shape) for t in checkpoint.tensors.values()) - size.expert_weights,
@@ -111,6 +153,7 @@ def checkpoint_size(source: str | Path) -> ModelSize:
         top_k=size.top_k,
         file_bytes=file_bytes(checkpoint.folder),
         folder_bytes=folder_bytes(checkpoint.folder),
+        not_loaded=not_loaded(checkpoint.tensors, moe),
     )
 
 
@@ -169,6 +212,7 @@ def _size_after(moe: MoeModel, before: ModelSize, recipe: Recipe) -> ModelSize:
         other_weights=before.other_weights - sum(w.numel() for w in replaced),
         other_bits=before.other_bits - sum(8 * w.numel() * w.element_size() for w in replaced),
         top_k=before.top_k,
+        not_loaded=before.not_loaded,
     )
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Generator, Tensor
 from transformers import PretrainedConfig
 
+from moebius.checkpoint.guards import guard_sources
 from moebius.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, manifest_text
 from moebius.checkpoint.shards import DTYPE_NAMES, INDEX_NAME, MemoryTensor, TensorSource, byte_count, write_shard, write_text
 from moebius.evaluate.plan import planned_modules, replaced_parameter
@@ -96,7 +97,7 @@ def _packed_tensors(modules: Mapping[str, PackedProjection | Packed], generator:
     for path, blank in modules.items():
         packed = random_contents(blank, generator) if isinstance(blank, Packed) else random_projection(blank, generator)
         tensors += [MemoryTensor(f"{path}.{name}", tensor) for name, tensor in packed.tensors().items()]
-    return tensors
+    return tensors + guard_sources({path: packed.spec() for path, packed in modules.items()})
 
 
 def _parameters(layer: MoeLayer) -> list[str]:

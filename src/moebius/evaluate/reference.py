@@ -26,9 +26,16 @@ from moebius.evaluate.protocol import EvaluationText
 from moebius.evaluate.routing import recorded_router_logits
 from moebius.models.load import describe
 from moebius.progress import Progress, Silent
+from moebius.types import MoeLayer
 
 REFERENCE_NAME = "moebius_reference.json"
 _VERSION = 1
+
+
+def _choices(layer: MoeLayer) -> int:
+    """Logits per token of a router: it may have one for a choice beside the experts."""
+    weight = getattr(layer.router, "weight", None)
+    return len(weight) if isinstance(weight, Tensor) else layer.layout.experts
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ class LiveReference:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval()
-        self.routers = {layer.router_name: layer.layout.experts for layer in describe(model).moe_layers if layer.router_name}
+        self.routers = {layer.router_name: _choices(layer) for layer in describe(model).moe_layers if layer.router_name}
 
     def batches(self, text: EvaluationText, batch_size: int) -> Iterator[ReferenceBatch]:
         """What the original says about each batch of windows, when it is asked for."""

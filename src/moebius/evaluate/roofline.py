@@ -48,7 +48,7 @@ def step_bytes(size: ModelSize, model: PreTrainedModel, batch: int = 1) -> StepB
     experts = sum((m.stored_bits - m.shared_bits) * _touched(m.shape[0], size.top_k, batch) for m in size.experts)
     shared = sum(m.shared_bits for m in size.experts)
     table: Any = model.get_input_embeddings().weight
-    tied = model.config.get_text_config().tie_word_embeddings
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     # A table that is the head as well is read as the head.
     embedding: int = 8 * table.element_size() * (batch * table.shape[1] - (0 if tied else table.numel()))
     return StepBytes(experts / 8, shared / 8, (size.bits - size.expert_bits + embedding) / 8)

@@ -6,18 +6,19 @@ expert weight, bits per weight of the whole model, bytes on disk; and, labelled 
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moebius.checkpoint.manifest import packed_from_spec, quantization_of, read_packed_config
+from moebius.checkpoint.not_loaded import NotLoaded, not_loaded
 from moebius.checkpoint.shards import StoredTensor, read_folder
-from moebius.errors import CheckpointError
+from moebius.errors import CheckpointError, MoebiusError
 from moebius.formats import Packed, PackedProjection
-from moebius.formats.base import empty_like_spec
-from moebius.formats.projection import empty_projection
+from moebius.json_file import read_object
+from moebius.models.load import skeleton
 
 _TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts", "experts_per_token")
 
@@ -69,6 +70,7 @@ class ModelSize:
         top_k: experts per token; None if the config does not say.
         file_bytes: of the safetensors files; None for a plan.
         folder_bytes: of everything in the folder; None for a plan.
+        not_loaded: the part of ``other_weights`` that transformers does not load.
     """
 
     modules: tuple[ModuleSize, ...]
@@ -77,6 +79,7 @@ class ModelSize:
     top_k: int | None
     file_bytes: int | None = None
     folder_bytes: int | None = None
+    not_loaded: NotLoaded = field(default_factory=NotLoaded)
 
     @property
     def experts(self) -> tuple[ModuleSize, ...]:
@@ -134,6 +137,7 @@ class ModelSize:
             "file_bytes": self.file_bytes,
             "folder_bytes": self.folder_bytes,
             "experts_per_token": self.top_k,
+            "not_loaded": self.not_loaded.to_dict(),
             "modules": [
                 {
                     "name": m.name,
@@ -169,14 +173,11 @@ def packed_checkpoint_size(folder: Path) -> ModelSize:
     Raises:
         CheckpointError: a folder without ``quantization_config`` of Moebius, or files that hold other bits than it says.
     """
-    config = json.loads((folder / "config.json").read_text())
-    quantization = _quantization(config)
-    if quantization.get("quant_method") != "moebius":
-        raise CheckpointError(f"{folder}: got a checkpoint that Moebius did not pack; wanted one with quant_method 'moebius'")
-    stored = read_folder(folder)
+    config, quantization = read_packed_config(folder)
+    stored = read_folder(folder, config)
     modules, claimed = [], set()
     for name, spec in quantization["modules"].items():
-        packed = empty_projection(spec) if "factor" in spec else empty_like_spec(spec)
+        packed = packed_from_spec(name, spec)
         module = packed_module(name, packed)
         names = {f"{name}.{tensor}" for tensor in packed.tensors()}
         in_files = sum(_bits(stored[n]) for n in names & stored.keys())
@@ -192,7 +193,16 @@ def packed_checkpoint_size(folder: Path) -> ModelSize:
         top_k=experts_per_token(config),
         file_bytes=file_bytes(folder),
         folder_bytes=folder_bytes(folder),
+        not_loaded=_not_loaded(folder, stored, claimed),
     )
+
+
+def _not_loaded(folder: Path, stored: Mapping[str, StoredTensor], claimed: Collection[str]) -> NotLoaded:
+    try:
+        moe = skeleton(folder)
+    except MoebiusError:  # of a model that this transformers does not know, sizes can still be said
+        return NotLoaded()
+    return not_loaded(stored, moe, claimed)
 
 
 def file_bytes(folder: Path) -> int:
@@ -211,19 +221,15 @@ def _bits(tensor: StoredTensor) -> int:
 
 def is_packed(folder: Path) -> bool:
     """Whether a local folder is a checkpoint that Moebius packed."""
-    config = folder / "config.json"
-    return config.is_file() and _quantization(json.loads(config.read_text())).get("quant_method") == "moebius"
-
-
-def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    return config.get("quantization_config") or {}
+    path = folder / "config.json"
+    return path.is_file() and quantization_of(read_object(path), path) is not None
 
 
 def experts_per_token(config: Mapping[str, Any]) -> int | None:
     """Top-k of a model, by whichever name its config.json uses; None if by none that is known."""
     for part in (config, *_nested(config.values())):
         for name in _TOP_K_NAMES:
-            if isinstance(part.get(name), int):
+            if isinstance(part.get(name), int) and part[name] > 0:
                 return part[name]
     return None
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from moebius.checkpoint.manifest import FORMAT_VERSION, check_version
+from moebius.checkpoint.manifest import FORMAT_VERSION, check_modules, check_version
 
 
 class MoebiusConfig(QuantizationConfigMixin):
@@ -19,11 +19,13 @@ class MoebiusConfig(QuantizationConfigMixin):
         about: how it was made (``recipe``, ``calibration``), kept as it is.
 
     Raises:
-        CheckpointError: a format version that this Moebius does not read.
+        CheckpointError: a format version that this Moebius does not read, or modules that are no descriptions.
     """
 
     def __init__(self, modules: dict[str, Any] | None = None, format_version: Any = FORMAT_VERSION, **about: Any) -> None:
         check_version(format_version, "quantization_config")
+        if modules:
+            check_modules(modules, "quantization_config")
         about.pop("quant_method", None)
         self.quant_method: Any = "moebius"
         self.format_version = format_version

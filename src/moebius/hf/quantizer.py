@@ -5,19 +5,25 @@ from __future__ import annotations
 import copy
 import functools
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from moebius.checkpoint.manifest import MANIFEST_NAME, expected_tensors, verify_modules, write_manifest
-from moebius.errors import CheckpointError
+from moebius.checkpoint.guards import guard_tensors, guarded_parameter
+from moebius.checkpoint.manifest import MANIFEST_NAME, expected_tensors, verify_modules
+from moebius.checkpoint.shards import StoredTensor, read_files
+from moebius.errors import CheckpointError, UnsupportedModelError
 from moebius.formats.base import empty_like_spec
 from moebius.formats.projection import empty_projection
 from moebius.hf.config import MoebiusConfig
+from moebius.hf.hashes import hashes_wanted
+from moebius.hf.paths import paths_in, renamed_beginnings
+from moebius.hf.save import save_packed
 
 if TYPE_CHECKING:  # modeling_utils imports the table that this class is registered in
     from transformers import PreTrainedModel
@@ -31,19 +37,44 @@ class MoebiusQuantizer(HfQuantizer):
 
     quantization_config: MoebiusConfig
 
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            raise UnsupportedModelError(
+                "quantization_config of Moebius for a model that is not packed: wanted the folder of a packed checkpoint;"
+                " `moebius quantize` or moebius.quantize_model packs one"
+            )
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        modules = self.quantization_config.modules
+        config = self.quantization_config
+        stored = {}
         if checkpoint_files:
-            folder = Path(checkpoint_files[0]).parent
-            verify_modules(folder, _manifest(folder, model.config), modules)
-        pack_modules(model, modules)
+            files = [Path(file) for file in checkpoint_files]
+            stored = read_files(sorted(set(files)))
+            self.source_folder = files[0].parent
+            manifest = _manifest(self.source_folder, model.config)
+            verify_modules(stored, manifest, config.modules, hashes=hashes_wanted())
+        paths = paths_in(model, config.modules)
+        self._beginnings = renamed_beginnings(paths)
+        _ignore_guards(model, config.modules, paths)
+        config.modules = {here: config.modules[path] for path, here in paths.items()}
+        pack_modules(model, config.modules)
+        if checkpoint_files:
+            _check_no_random_experts(model, stored, self._packed_names | self._beginnings.keys())
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name, tensor in model.state_dict().items():
-            if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
+            if not tensor.is_floating_point() or tensor.is_meta:
+                continue
+            # Outside of what was packed, an infinity may be meant: a mask, a bound.
+            wrong = ~tensor.isfinite() if name in self._packed_names else tensor.isnan()
+            if wrong.any():
                 raise CheckpointError(f"{name}: holds NaN or Inf; the file is damaged, fetch it again")
+        if any(hasattr(module, "_hf_hook") for module in model.modules()):
+            from moebius.hf.offload import fetch_parts
+
+            fetch_parts(model)
         model.__dict__["save_pretrained"] = functools.partial(save_packed, model)
         return model
 
@@ -64,12 +95,29 @@ class MoebiusQuantizer(HfQuantizer):
             if any(probe.rename_source_key(name)[1] is not None for name in self._packed_names):
                 pattern = transform.compiled_sources.pattern
                 transform.compiled_sources = re.compile(rf"(?:{pattern})(?!.*\.(?:{endings})$)")
-        return super().update_weight_conversions(weight_conversions, model)
+        return [*super().update_weight_conversions(weight_conversions, model), *self._renamings(endings)]
+
+    def _renamings(self, endings: str) -> list[Any]:
+        """For a class in which the packed modules have another beginning to their paths than in ``config.json``."""
+        from transformers.core_model_loading import WeightRenaming
+
+        found = []
+        for stored, here in self._beginnings.items():
+            renaming = WeightRenaming(f"^{re.escape(stored)}", here)
+            pattern = renaming.compiled_sources.pattern
+            already = f"(?!{re.escape(here)})" if here.startswith(stored) else ""
+            renaming.compiled_sources = re.compile(rf"{already}(?:{pattern})(?=.*\.(?:{endings})$)")
+            found.append(renaming)
+        return found
 
     @functools.cached_property
     def _packed_names(self) -> frozenset[str]:
         modules = self.quantization_config.modules
         return frozenset(name for module, spec in modules.items() for name in expected_tensors(module, spec))
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What ``save_pretrained`` writes: the model's tensors, and the guards that keep others from opening it wrongly."""
+        return {**model.state_dict(), **guard_tensors(self.quantization_config.modules)}, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         from moebius.hf.dequantize import unpack_modules
@@ -91,7 +139,7 @@ def pack_modules(model: nn.Module, modules: dict[str, Any]) -> None:
 
     Args:
         model: may be on the meta device.
-        modules: as in :class:`MoebiusConfig`.
+        modules: as in :class:`MoebiusConfig`, by path in this model.
 
     Raises:
         CheckpointError: a module that the model does not have, that has another shape, or half a layer of experts.
@@ -126,14 +174,32 @@ def pack_modules(model: nn.Module, modules: dict[str, Any]) -> None:
         pack_weight(module, packed)
 
 
-def save_packed(model: PreTrainedModel, save_directory: str | Path, **options: Any) -> None:
-    """``save_pretrained`` of a packed model: transformers' own, and the manifest.
+def _check_no_random_experts(model: PreTrainedModel, stored: Mapping[str, StoredTensor], packed: frozenset[str]) -> None:
+    """Refuse experts that are neither packed nor in the files: transformers would warn, and fill them with random numbers."""
+    from moebius.checkpoint.names import parameters_of
+    from moebius.models.layout import layout_of
 
-    Tensors keep the names they have in the model; transformers loads those as well as the original ones.
-    """
-    type(model).save_pretrained(model, save_directory, **{**options, "save_original_format": False})
-    if options.get("is_main_process", True):
-        write_manifest(Path(save_directory))
+    plain = {name: layout for name, module in model.named_modules() if (layout := layout_of(module))}
+    if not plain:
+        return
+    wide = [name for name, tensor in stored.items() if name not in packed and not tensor.is_guard]
+    there = {parameter for targets in parameters_of(wide, model).values() for parameter in targets}
+    for name, layout in plain.items():
+        for parameter in (f"{name}.{layout.gate_up_name}", f"{name}.{layout.down_name}"):
+            if parameter not in there:
+                raise CheckpointError(
+                    f"{parameter}: `modules` in config.json leaves it out, and the files hold no weights for it;"
+                    " they would be random. Fetch the checkpoint again"
+                )
+
+
+def _ignore_guards(model: PreTrainedModel, modules: Mapping[str, Any], paths: Mapping[str, str]) -> None:
+    """Guards have done their work when Moebius reads them: they are not to be reported as tensors that nothing wants."""
+    names = {guarded_parameter(path, spec) for path, spec in modules.items()}
+    names |= {guarded_parameter(here, modules[path]) for path, here in paths.items()}
+    pattern = "^(?:" + "|".join(sorted(map(re.escape, names))) + ")$"
+    known = model._keys_to_ignore_on_load_unexpected or []
+    model._keys_to_ignore_on_load_unexpected = {*known, pattern}
 
 
 def _manifest(folder: Path, config: Any) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -39,7 +40,10 @@ class _WhenImported(MetaPathFinder):
 
             def execute_and_register(module: ModuleType) -> None:
                 execute(module)
-                _register()
+                try:
+                    _register()
+                except Exception as error:  # a program that uses transformers for something else must not fail
+                    warnings.warn(f"moebius: packed checkpoints will not load ({error})", RuntimeWarning, stacklevel=2)
 
             loader.exec_module = execute_and_register
         return spec

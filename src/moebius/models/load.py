@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from moebius.errors import CheckpointError, CoverageError, ModelNotFoundError, UnsupportedModelError, first_line
+from moebius.json_file import read_object
+from moebius.models import parts
 from moebius.models.layout import layout_of
-from moebius.types import ExpertsLayout, MoeLayer, MoeModel
+from moebius.types import MoeLayer, MoeModel
 
-# What transformers' decoders call the matrices of an MLP. Attention and state-space mixers use none of these names.
-_MLP_LINEARS = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "fc1", "fc2"}
-_MLP_LINEARS |= {"c_fc", "input_linear", "output_linear", "dense_h_to_4h", "dense_4h_to_h"}
+_MOST_LAYERS = 10_000
 
 
 def load_moe_model(source: str | Path, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu") -> MoeModel:
@@ -76,11 +75,16 @@ def skeleton(source: PretrainedConfig | str | Path) -> MoeModel:
         UnsupportedModelError: as :func:`describe`, or a model type that transformers does not know as a causal language model.
     """
     config = source if isinstance(source, PretrainedConfig) else _read_config(source)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModelError(
+            f"{config.model_type}: not a causal language model of transformers; models that classify, see or hear "
+            "are not packed yet, give the checkpoint of the language model alone"
+        )
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, ImportError, AttributeError, TypeError) as error:
-        raise UnsupportedModelError(f"{config.model_type}: not a causal language model: {_one_line(error)}") from error
+    except Exception as error:  # whatever odd numbers in a config do to the constructor of a model
+        raise UnsupportedModelError(f"{config.model_type}: not a causal language model: {first_line(error)}") from error
     return describe(model)
 
 
@@ -102,22 +106,22 @@ def describe(model: PreTrainedModel) -> MoeModel:
     layers = []
     for name, module, layout in fused:
         if name.startswith(decoder_name + "."):
-            router_name = _router_name(model, name, layout)
-            router = model.get_submodule(router_name) if router_name else None
+            found = parts.router_name(model, name, layout)
+            router = model.get_submodule(found) if found else None
             index = int(name.removeprefix(decoder_name + ".").split(".")[0])
-            layers.append(MoeLayer(name, module, layout, router_name, router, index))
+            layers.append(MoeLayer(name, module, layout, found, router, index))
     layers.sort(key=lambda layer: layer.decoder_layer)  # stable: two in one layer stay in the order of the modules
     with_experts = {layer.decoder_layer for layer in layers}
     shared, dense = [], []
     for index, layer in enumerate(decoder):
-        for name, linear in _linears(layer):
-            path, parts = f"{decoder_name}.{index}.{name}", name.split(".")
+        for name, linear in parts.linears(layer):
+            path, last = f"{decoder_name}.{index}.{name}", name.split(".")[-1]
             # The gate of a shared expert has one output: nothing worth packing.
             if index in with_experts and "shared" in name and linear.out_features > 1:
                 shared.append(path)
-            if index not in with_experts and parts[-1] in _MLP_LINEARS:
+            if index not in with_experts and last in parts.MLP_LINEARS:
                 dense.append(path)
-    linears = _linears_outside(model, layers)
+    linears = parts.linears_outside(model, decoder_name, layers)
     return MoeModel(model, tuple(layers), decoder, decoder_name, tuple(shared), tuple(dense), linears)
 
 
@@ -186,38 +190,6 @@ def _decoder_name(model: nn.Module, experts: list[str]) -> str:
     return max(holders, key=lambda path: holders[path])
 
 
-def _router_name(model: nn.Module, experts_name: str, layout: ExpertsLayout) -> str | None:
-    """The module beside the experts whose 2-D ``weight`` has one row per expert; the nearest one if there are several."""
-    block_name, _, own = experts_name.rpartition(".")
-    found = []
-    for name, module in model.get_submodule(block_name).named_modules():
-        weight = getattr(module, "weight", None)
-        if name.split(".")[0] == own or "shared" in name or not isinstance(weight, nn.Parameter) or weight.ndim != 2:
-            continue
-        if weight.shape[0] == layout.experts and name.split(".")[-1] not in _MLP_LINEARS:
-            # Experts in a latent space have another width than their router: the width only ranks.
-            found.append((name.count("."), weight.shape[1] != layout.hidden, name))
-    return f"{block_name}.{min(found)[2]}" if found else None
-
-
-def _linears_outside(model: PreTrainedModel, layers: Sequence[MoeLayer]) -> tuple[str, ...]:
-    """Linear layers outside of experts and routers that have a matrix of their own, in the order of the modules."""
-    experts = tuple(f"{layer.name}." for layer in layers)
-    routers = {layer.router_name for layer in layers}
-    head = model.get_output_embeddings() if model.config.get_text_config().tie_word_embeddings else None
-    return tuple(
-        name
-        for name, linear in _linears(model)
-        if linear.out_features > 1 and linear is not head and name not in routers and not name.startswith(experts)
-    )
-
-
-def _linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    for name, child in module.named_modules():
-        if isinstance(child, nn.Linear):
-            yield name, child
-
-
 def _location(source: str | Path) -> str:
     """What transformers is to open: an existing folder, or a name for the hub."""
     path = Path(source).expanduser()
@@ -236,22 +208,24 @@ def _read_config(source: str | Path) -> Any:
         file = path / "config.json" if path.is_dir() else path
         if not file.is_file():
             raise ModelNotFoundError(f"{source}: no config.json in this folder; is it a transformers checkpoint?")
-        try:
-            model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type")
-        except (ValueError, AttributeError) as error:
-            raise CheckpointError(f"{file}: not a JSON object: {_one_line(error)}") from error
-        if not model_type:
+        content = read_object(file)
+        if not content.get("model_type"):
             raise CheckpointError(f"{file}: no model_type in it; is it the config of a transformers checkpoint?")
+        _check_depth(content, file)
     try:
         return AutoConfig.from_pretrained(location)
     except OSError as error:
         raise ModelNotFoundError(
-            f"{source}: neither a folder here nor a model that can be fetched from the hub ({_one_line(error)})"
+            f"{source}: neither a folder here nor a model that can be fetched from the hub ({first_line(error)})"
         ) from error
     except Exception as error:  # an unknown model_type is a ValueError, a field of the wrong type one of huggingface_hub's own
-        raise UnsupportedModelError(f"{source}: transformers cannot read its config: {_one_line(error)}") from error
+        raise UnsupportedModelError(f"{source}: transformers cannot read its config: {first_line(error)}") from error
 
 
-def _one_line(error: Exception) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _check_depth(config: dict[str, Any], file: Path) -> None:
+    """Refuse a config with so many layers that building the model, even without weights, would not end."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            _check_depth(value, file)
+        elif name.endswith(("layers", "depth", "n_layer")) and isinstance(value, int) and value > _MOST_LAYERS:
+            raise CheckpointError(f"{file}: {name} is {str(value)[:20]}, wanted at most {_MOST_LAYERS}; is the file damaged?")

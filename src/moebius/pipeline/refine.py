@@ -71,7 +71,7 @@ def _last_states(moe: MoeModel, windows: Tensor) -> Tensor:
     for index, decoder_layer in enumerate(moe.decoder):
         with in_float32(decoder_layer):
             states = [runner.layer(index, ids, state) for ids, state in zip(batches, states, strict=True)]
-    return torch.cat(states)
+    return torch.cat([state.hidden for state in states])
 
 
 @torch.enable_grad()
@@ -112,9 +112,10 @@ def _train(
 
 def _backward(moe: MoeModel, runner: LayerRunner, ids: Tensor, wanted: Tensor) -> float:
     """Gradients of the divergence on some windows, and the divergence."""
-    states = runner.embed(ids)
+    between = runner.embed(ids)
     for index in range(len(moe.decoder)):
-        states = runner.layer(index, ids, states)
+        between = runner.layer(index, ids, between)
+    states = between.hidden
     # One window at a time: logits are as wide as the vocabulary.
     total, at_states = 0.0, []
     for window, state, original in zip(ids.split(1), states.detach().split(1), wanted.split(1), strict=True):

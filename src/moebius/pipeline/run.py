@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from moebius.calibrate.layerwise import STATES_IN_MEMORY, states_bytes
 from moebius.calibrate.self_sampling import balanced_windows
+from moebius.calibrate.states import STATES_IN_MEMORY, states_bytes
 from moebius.calibrate.stream import stream_statistics
 from moebius.calibrate.tokens import begins_with, calibration_windows, windows_digest
 from moebius.checkpoint.manifest import FORMAT_VERSION
-from moebius.checkpoint.names import expert_tensor_names
+from moebius.checkpoint.names import expert_tensor_names, tied_copies
 from moebius.checkpoint.reader import SourceCheckpoint
 from moebius.checkpoint.writer import CheckpointWriter
 from moebius.errors import CheckpointError, UnsupportedModelError, first_line
@@ -79,10 +79,11 @@ def quantize_model(
     with CheckpointWriter(out) as writer:
         checkpoint = SourceCheckpoint.open(source)
         windows = _checked_early(checkpoint, recipe, calibration, device, writer)
-        checkpoint.check_finite(checkpoint.names(), progress)
-        moe = load_moe_model(checkpoint.folder)
+        moe = load_moe_model(checkpoint.folder, **_stored_dtype(checkpoint))
         job = _Job(moe, recipe, device)
-        check_coverage(moe, job.expert_parameters())  # now, and not after hours
+        check_coverage(moe, job.expert_parameters())  # now, and not after hours; the same for a checkpoint of another model
+        copied = set(checkpoint.names()) - expert_tensor_names(checkpoint, moe.model, job.packed_paths())
+        checkpoint.check_finite(checkpoint.names(), progress, infinite=copied)
         if job.needs.self_sampled:
             windows = _self_sampled(moe, checkpoint.folder, calibration, progress)
             calibration = dataclasses.replace(calibration, text="self-sampled", split="train")
@@ -95,7 +96,7 @@ def quantize_model(
         refined = _pack(job, windows, calibration.seed, writer, progress, clock)
         modules = writer.modules()
         check_coverage(moe, modules)
-        writer.copy_rest(checkpoint, expert_tensor_names(checkpoint, moe.model, modules))
+        writer.copy_rest(checkpoint, expert_tensor_names(checkpoint, moe.model, modules) | tied_copies(checkpoint, moe.model))
         entries = writer.entries()
         report = {
             "format_version": FORMAT_VERSION,
@@ -158,6 +159,12 @@ def _checked_early(
     writer.require_room(rest + bits // 8)
     require_memory(sum(tensor.end - tensor.begin for tensor in checkpoint.tensors.values()), str(checkpoint.folder))
     return windows
+
+
+def _stored_dtype(checkpoint: SourceCheckpoint) -> dict[str, Any]:
+    """What to load the weights as where the config does not say the dtype they are stored in."""
+    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    return {} if f"torch.{named}" == str(checkpoint.dtype) else {"dtype": checkpoint.dtype}
 
 
 def _machine(device: str) -> dict[str, Any]:
@@ -262,6 +269,11 @@ class _Job:
     def expert_parameters(self) -> list[str]:
         """Paths of the parameters that will be packed."""
         return [path for layer in self.moe.moe_layers for path in _parameter_paths(layer).values()]
+
+    def packed_paths(self) -> list[str]:
+        """Paths of everything that will be packed: experts, and routers and linear layers where the recipe says so."""
+        routers = [layer.router_name for layer in self.moe.moe_layers if self.binary_router and layer.router_name is not None]
+        return [*self.expert_parameters(), *routers, *packed_linears(self.moe, self.recipe)]
 
     def unit_names(self) -> list[str]:
         """Every unit, in the order of the report."""

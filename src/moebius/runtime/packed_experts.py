@@ -90,6 +90,11 @@ def ready_experts(module: PackedExpertsMixin) -> ReadyExperts:
     return ready
 
 
+def forget_ready(module: nn.Module) -> None:
+    """Let go of what the kernel holds of a layer."""
+    _READY.pop(module, None)
+
+
 def _bias(projection: PackedProjection, own: Tensor | None) -> Tensor | None:
     """What the experts add to the outputs of a projection, (experts, out): the module's own bias and the packed one."""
     if projection.bias is None:

@@ -57,7 +57,10 @@ class PackedWeightMixin(PackedMixin):
     @property
     def weight(self) -> Tensor:
         """(out, in) in the dtype that the parameter would have. It can be read: what is written to it is refused."""
-        return packed_of(self).unpack()[0].to(self.weight_dtype).as_subclass(UnpackedWeight)
+        weight = packed_of(self).unpack()[0].to(self.weight_dtype).as_subclass(UnpackedWeight)
+        # The class around it may want to initialize it while transformers loads: it has its values.
+        weight._is_hf_initialized = True  # type: ignore[attr-defined]
+        return weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeightMixin:
         names: Any = self._packed_names

@@ -1,0 +1,34 @@
+"""Runs at every start of Python, from the path file beside it: packed checkpoints open without ``import moebius``.
+
+Only the standard library, and of that only what is imported by now: it puts one object on the list of module finders, and the
+package itself is imported when transformers imports the table of its quantizers. ``MOEBIUS_REGISTER=0`` turns it off.
+"""
+
+import os
+import sys
+
+_TABLES = "transformers.quantizers.auto"
+
+
+class RegisterWhenImported:
+    """Finds nothing itself: it lets Moebius register before transformers' table of quantizers is looked for."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name != _TABLES:
+            return None
+        sys.meta_path.remove(RegisterWhenImported)
+        try:
+            import moebius  # noqa: F401  puts its own finder first
+        except Exception as error:  # transformers works as if Moebius were not there
+            import warnings
+
+            warnings.warn(f"moebius: cannot be imported, packed checkpoints will not load ({error})", stacklevel=2)
+            return None
+        from importlib.util import find_spec
+
+        return find_spec(name)
+
+
+if os.environ.get("MOEBIUS_REGISTER") != "0":
+    sys.meta_path.insert(0, RegisterWhenImported)
