@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from tests.tiny import ARCHITECTURES, tiny_model
@@ -20,9 +18,8 @@ HEAD = [256]
 def imbalance(model: PreTrainedModel, ids: Tensor) -> tuple[float, Tensor]:
     """``σ`` of one sequence (Eq. 3, 4) by the experts that its tokens chose, and the log-probabilities of all its tokens."""
     chosen: list[Tensor] = []
-    hooks: list[Any] = []
-    for layer in describe(model).moe_layers:
-        hooks.append(layer.experts.register_forward_pre_hook(lambda _, args: chosen.append(args[1])))
+    experts = [layer.experts for layer in describe(model).moe_layers]
+    hooks = [module.register_forward_pre_hook(lambda _, args: chosen.append(args[1])) for module in experts]
     with torch.no_grad():
         likely = model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0].float().log_softmax(1)
     for hook in hooks:

@@ -134,7 +134,11 @@ def packed_examples() -> list[Packed]:
     spectral = Spectral(3, 4, 6, True, 4, 100, True).fill(
         torch.tensor([[1, 0, 2, 3, 8, 1]] * 3), torch.randint(0, 2, (3, 6, 4), generator=G), half(3, 6, 1), half(3, 4)
     )
-    return [Codebook.pack(codes, half(3, 16, 4), 11), grouped, spectral]
+    plain = Codebook.pack(codes, half(3, 16, 4), 11)
+    upright = Codebook.pack(codes, half(3, 16, 4), 11, transposed=True)
+    scaled = upright.with_column_scales(half(3, 5)).with_row_scales(half(3, 11)).with_shared(half(3, 11, 2), half(2, 5))
+    integers = Integers.pack(codes, half(3, 5, 1), None, bits=4, group_size=3).with_column_scales(half(3, 3))
+    return [plain, upright, scaled, integers, grouped, spectral]
 
 
 @pytest.mark.parametrize("packed", packed_examples(), ids=lambda p: p.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -26,12 +27,12 @@ BARE = {"shrinkage": 0.0, "damping": 0.0}
 HESSIANS = conditioned(X.mT @ X, shrinkage=0.0, damping=0.0).double()
 
 
-def one_after_the_other(weight: Tensor, hessian: Tensor, order: list[int], quantize: dict[int, Tensor] | object) -> Tensor:
-    """Optimal brain quantization, a column at a time: with the inverse Hessian itself, from which done columns are eliminated."""
+def one_after_the_other(weight: Tensor, hessian: Tensor, order: list[int], quantize: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """A column at a time, with the inverse of the Hessian itself, from which the columns that are done are eliminated."""
     weight, inverse = weight.double().clone(), torch.linalg.inv(hessian)
     done = torch.zeros_like(weight)
     for column in order:
-        done[:, column] = quantize(column, weight[:, column])  # type: ignore[operator]
+        done[:, column] = quantize(column, weight[:, column])
         error = (weight[:, column] - done[:, column]) / inverse[column, column]
         weight -= error.unsqueeze(1) * inverse[column]
         inverse = inverse - inverse[:, [column]] @ inverse[[column]] / inverse[column, column]
@@ -191,8 +192,8 @@ def test_moequant_is_gptq_on_other_hessians() -> None:
     }
     for (affinity, sampling), want in needs.items():
         assert METHODS["moequant"].needs(Recipe.make("moequant", affinity=affinity, self_sampling=sampling)) == want
-    same = zip(quantized(Recipe.make("moequant", 2)).tensors().values(), quantized(Recipe.make("gptq", 2)).tensors().values())
-    assert all(torch.equal(mine, other) for mine, other in same)
+    mine, other = (quantized(Recipe.make(name, 2)).tensors() for name in ("moequant", "gptq"))
+    assert all(torch.equal(mine[name], other[name]) for name in mine)
 
 
 def test_mxmoe_spends_its_budget_as_an_exhaustive_search_would() -> None:
@@ -253,5 +254,5 @@ def test_mxmoe_rows_of_different_widths_are_rounded_with_feedback() -> None:
 
 
 def test_mxmoe_says_before_the_work_that_a_budget_is_too_small() -> None:
-    with pytest.raises(RecipeError, match="mxmoe: got 1.25 bits, but 4 experts of 24 x 40 take"):
+    with pytest.raises(RecipeError, match=r"mxmoe: got 1\.25 bits, but 4 experts of 24 x 40 take"):
         METHODS["mxmoe"].plan((EXPERTS, OUT, INPUTS), Recipe.make("mxmoe", 1.25), "gate_up")
