@@ -29,6 +29,7 @@ RECIPES: tuple[tuple[str, float | None, dict[str, object]], ...] = (
     ("moebius", 3.0, {}),
     ("moebius", 0.5, {"refine": True, "refine_steps": 4}),
     ("mobie", None, {}),
+    ("mobie", None, {"side": "output", "null_space": "expert", "nges_relative": False}),
     ("mobie", None, {"side": "hidden", "gain": True, "router": "binary", "glas_groups": 4}),
     ("mobie", None, {"cejd": False, "glas": False, "nges": False}),
     ("rtn", 1, {}),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -26,10 +27,13 @@ from moebius.cli.options import (
     require_free,
 )
 from moebius.cli.output import note, print_json, print_tables, progress_bars
-from moebius.errors import RecipeError
+from moebius.errors import OutputError, RecipeError
 from moebius.recipe import CalibrationSettings, Recipe
 from moebius.report.comparison import ComparisonRow, comparison_table, samples_markdown, verdict
 from moebius.report.tables import TextTable
+
+if TYPE_CHECKING:
+    from moebius.cli.comparison_run import Comparison
 
 #: Label and recipe of every row of a preset, in the order of the table.
 PRESETS = {
@@ -96,6 +100,8 @@ moebius compare --preset ablation
 
 moebius compare ./model --recipe "mobie gain=true" --recipe "rtn@1 gain=true" --calibration wikitext2 --text wikitext2
 
+moebius compare ./model --recipe vptq@2 --calibration wikitext2 --text wikitext2 --add
+
 [bold]Presets[/bold]
 
 demo: rtn at 1 bit, gptq at 2 bit, mobie, mobie with gain, moebius at 1 bit
@@ -136,6 +142,7 @@ def compare(
     text_windows: Annotated[int, typer.Option(min=1, help="Windows of held-out tokens.")] = 64,
     samples: Annotated[int, typer.Option(min=0, max=3, help="Completions per model.")] = 0,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")] = Path("moebius-comparison"),
+    add: Annotated[bool, typer.Option("--add", help="Add the recipes to the finished comparison in --out.")] = False,
     device: Device = "cpu",
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -143,44 +150,107 @@ def compare(
     """Quantize a model with several recipes and set the results against each other and the original.
 
     Every row is measured on the packed checkpoint as transformers loads it, on held-out windows. The output folder gets
-    results.json, comparison.md, comparison.png and the packed checkpoints.
+    results.json, comparison.md, comparison.png and the packed checkpoints. Recipes are checked against the model before the
+    first is quantized; the table grows row by row, hidden beside the output until all are there.
     """
     settings = calibration_from(calibration, windows, window_length, seed)
     candidates = chosen_recipes(recipe or [], preset, settings)
     held_out = calibration_from(text, text_windows, window_length, seed, split="held-out")
     source = model_or_reference(model)
-    out = require_free(out)
+    out = out.expanduser() if add else require_free(out)
+    finished = finished_comparison(out) if add else None
 
-    from moebius.cli.comparison_run import Comparison, WorkFolder, folder_name, run_comparison
+    from moebius.checkpoint.reader import SourceCheckpoint
+    from moebius.cli.comparison_run import Comparison, WorkFolder, added_to, run_comparison
     from moebius.evaluate.samples import PROMPTS
     from moebius.memory import WHILE_QUANTIZING, keep_freed_memory
 
     require_device(device)
     comparison = Comparison(source, candidates, held_out, PROMPTS[:samples], device, settings if preset in MATCHED else None)
-    work = WorkFolder(out, {"source": source, **comparison.to_dict()})
+    about = {"model": display_name(model), "model_sha256": SourceCheckpoint.open(source).fingerprint()}
+    if finished is not None:
+        if finished.get("model_sha256") != about["model_sha256"]:
+            raise OutputError(f"{out}: compares {finished['model']}, whose files are other ones; choose another --out")
+        comparison = added_to(comparison, finished)
+    work = WorkFolder(out, {"source": source, **comparison.to_dict()}, comparison.finished)
     keep_freed_memory(WHILE_QUANTIZING)
+    written = _Written(work.folder, about, settings)
     with progress_bars(hidden=quiet) as progress:
-        comparison, rows = run_comparison(comparison, work, progress)
-    comment = (
-        f"{held_out.windows * (held_out.window_length - 1):,} held-out tokens of {held_out.text!r};"
-        f" calibration on {settings.windows} windows of {settings.window_length} of {settings.text!r}"
-        f"{', unless the recipe says otherwise' if any(own != settings for _, own in candidates.values()) else ''}"
-    )
-    if comparison.matched is not None:
-        comment += f"\n{verdict(rows)}"
-    table = comparison_table(rows, title=display_name(model), note=comment)
-    results = {
-        "model": display_name(model),
-        **comparison.to_dict(),
-        "rows": [{**row.to_dict(), "folder": None if row.recipe is None else folder_name(row.label)} for row in rows],
-    }
-    _write(work.folder, results, table, rows, comparison.prompts)
+        comparison, rows = run_comparison(comparison, work, progress, written.grown)
+    table, results = written.finished(comparison, rows)
     work.finish()
     if as_json:
         print_json(results)
         return
     print_tables(table, *_sample_tables(rows, comparison.prompts))
     note(f"written to {out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
+
+
+def finished_comparison(out: Path) -> dict[str, Any]:
+    """What a finished comparison says of itself.
+
+    Raises:
+        OutputError: there is none in this folder.
+    """
+    try:
+        found: dict[str, Any] = json.loads((out / "results.json").read_text())
+        _ = [found[name] for name in ("model", "recipes", "text", "prompts", "matched", "rows")]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise OutputError(f"{out}: has no finished comparison to add to; leave out --add, or name the folder of one") from None
+    return found
+
+
+class _Written:
+    """What a comparison writes into its folder, after every row and at the end."""
+
+    def __init__(self, folder: Path, about: dict[str, str], settings: CalibrationSettings) -> None:
+        self.folder, self.about, self.settings = folder, about, settings
+
+    def grown(self, comparison: Comparison, rows: Sequence[ComparisonRow]) -> None:
+        """The rows so far: results.json and comparison.md."""
+        self._write(comparison, rows)
+
+    def finished(self, comparison: Comparison, rows: Sequence[ComparisonRow]) -> tuple[TextTable, dict[str, Any]]:
+        """All rows, with the figure where matplotlib is installed."""
+        table, results = self._write(comparison, rows)
+        if find_spec("matplotlib") is None:
+            note("no figure: matplotlib is not installed; pip install 'moebius[plots]'")
+        else:
+            from moebius.report.figures import comparison_figure
+
+            comparison_figure(rows, self.folder / "comparison.png")
+        return table, results
+
+    def _write(self, comparison: Comparison, rows: Sequence[ComparisonRow]) -> tuple[TextTable, dict[str, Any]]:
+        from moebius.cli.comparison_run import folder_name
+
+        table = comparison_table(rows, title=self.about["model"], note=self._comment(comparison, rows))
+        results = {
+            **self.about,
+            **comparison.to_dict(),
+            "rows": [{**row.to_dict(), "folder": None if row.recipe is None else folder_name(row.label)} for row in rows],
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        samples = f"\n{samples_markdown(rows, comparison.prompts)}" if comparison.prompts else ""
+        contents = {
+            "results.json": json.dumps(results, indent=1) + "\n",
+            "comparison.md": f"{table.markdown()}\n{table.note}\n{samples}",
+        }
+        for name, content in contents.items():  # readers find the table before or after a row, never half of one
+            draft = self.folder / f"{name}.tmp"
+            draft.write_text(content)
+            draft.replace(self.folder / name)
+        return table, results
+
+    def _comment(self, comparison: Comparison, rows: Sequence[ComparisonRow]) -> str:
+        held_out, settings = comparison.held_out, self.settings
+        others = any(own != settings for _, own in comparison.candidates.values())
+        comment = (
+            f"{held_out.windows * (held_out.window_length - 1):,} held-out tokens of {held_out.text!r};"
+            f" calibration on {settings.windows} windows of {settings.window_length} of {settings.text!r}"
+            f"{', unless the recipe says otherwise' if others else ''}"
+        )
+        return f"{comment}\n{verdict(rows)}" if comparison.matched is not None else comment
 
 
 def chosen_recipes(
@@ -198,22 +268,6 @@ def chosen_recipes(
             raise RecipeError(f"recipe {label!r}: got it twice, wanted every recipe once")
         candidates[label] = candidate_from_text(text, calibration)
     return candidates
-
-
-def _write(
-    folder: Path, results: dict[str, Any], table: TextTable, rows: list[ComparisonRow], prompts: tuple[str, ...]
-) -> None:
-    """results.json, comparison.md and, where matplotlib is installed, comparison.png."""
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    samples = f"\n{samples_markdown(rows, prompts)}" if prompts else ""
-    (folder / "comparison.md").write_text(f"{table.markdown()}\n{table.note}\n{samples}")
-    if find_spec("matplotlib") is None:
-        note("no figure: matplotlib is not installed; pip install 'moebius[plots]'")
-        return
-
-    from moebius.report.figures import comparison_figure
-
-    comparison_figure(rows, folder / "comparison.png")
 
 
 def _sample_tables(rows: list[ComparisonRow], prompts: tuple[str, ...]) -> list[TextTable]:

@@ -9,7 +9,6 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,13 @@ from transformers import PreTrainedModel
 from moebius import unfinished
 from moebius.calibrate.tokens import calibration_windows
 from moebius.cli.loading import load_model, load_tokenizer
-from moebius.errors import OutputError
+from moebius.errors import MoebiusError, OutputError
 from moebius.evaluate.evaluation import evaluate_model
 from moebius.evaluate.plan import checkpoint_size
 from moebius.evaluate.samples import complete
 from moebius.evaluate.size import ModelSize, packed_checkpoint_size
-from moebius.pipeline import quantize_model
+from moebius.memory import return_freed_memory
+from moebius.pipeline import check_recipe, quantize_model
 from moebius.progress import Progress
 from moebius.recipe import CalibrationSettings, Recipe
 from moebius.report.comparison import ComparisonRow
@@ -45,6 +45,7 @@ class Comparison:
         prompts: what every model continues.
         device: where to compute.
         matched: what ``moebius`` looks at to be set beside every recipe at as many stored bits; None leaves it out.
+        finished: rows that an earlier comparison has measured; their recipes are among the candidates.
     """
 
     source: str
@@ -53,6 +54,7 @@ class Comparison:
     prompts: tuple[str, ...]
     device: str
     matched: CalibrationSettings | None = None
+    finished: tuple[ComparisonRow, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """What the rows depend on, ready for JSON; not the source, which may be a path of this machine."""
@@ -74,7 +76,7 @@ class WorkFolder:
         OutputError: it holds an unfinished comparison with other settings.
     """
 
-    def __init__(self, out: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, out: Path, settings: dict[str, Any], finished: Sequence[ComparisonRow] = ()) -> None:
         self.out = out = out.absolute()
         self.folder = unfinished.beside(out)
         self._file = self.folder / "unfinished.json"
@@ -86,6 +88,10 @@ class WorkFolder:
                     f"{self.folder}: holds an unfinished comparison with other settings; remove it, or choose another --out"
                 )
             self._state = state
+        self._state["rows"].update({row.label: row.to_dict() for row in finished})
+
+    def __contains__(self, label: str) -> bool:
+        return label in self._state["rows"]
 
     def row(self, label: str, make: Callable[[], ComparisonRow]) -> ComparisonRow:
         """The row that an earlier run finished, or what ``make`` returns."""
@@ -108,7 +114,7 @@ class WorkFolder:
         if not self.out.exists():
             self.folder.rename(self.out)
             return
-        for path in self.folder.iterdir():
+        for path in sorted(self.folder.iterdir(), key=Path.is_file):  # checkpoints before the table that names them
             path.rename(self.out / path.name)
         self.folder.rmdir()
 
@@ -120,31 +126,91 @@ class WorkFolder:
         draft.replace(self._file)
 
 
-def run_comparison(comparison: Comparison, work: WorkFolder, progress: Progress) -> tuple[Comparison, list[ComparisonRow]]:
+#: Told about the rows so far, and the comparison with what was set beside others by then.
+Grown = Callable[[Comparison, Sequence[ComparisonRow]], None]
+
+
+def run_comparison(
+    comparison: Comparison, work: WorkFolder, progress: Progress, grown: Grown = lambda comparison, rows: None
+) -> tuple[Comparison, list[ComparisonRow]]:
     """The original's row and one for every recipe; the packed checkpoints stay in the work folder.
+
+    Every recipe is checked against the model before the first is quantized, and measured as soon as it is packed. The original
+    is in memory while a row is measured, and not while one is packed: peak memory is that of the recipe.
+
+    Args:
+        comparison: what to compare.
+        work: what is finished, and where the rest goes.
+        progress: told about stages and steps.
+        grown: called after every row.
 
     Returns:
         The comparison with the recipes that were set beside others, and the rows; those of a matched comparison by their bits.
 
-    Every recipe has packed its checkpoint before the original is loaded to be measured: its peak memory is its own.
-
     Raises:
         MoebiusError: as the commands it stands for: quantize, evaluate, generate.
     """
-    costs = {label: _quantize(comparison, label, work, progress) for label in comparison.candidates}
+    check_candidates(comparison, work)
+    rows = [work.row(ORIGINAL, lambda: _Measurement(comparison, progress).original())]
+    for label in comparison.candidates:
+        _add(label, comparison, work, progress, rows)
+        grown(comparison, rows)
     if comparison.matched is not None:
-        others = [label for label, (recipe, _) in comparison.candidates.items() if recipe.method != "moebius"]
-        stored = [packed_checkpoint_size(work.folder / folder_name(label)).bits_per_expert_weight for label in others]
-        comparison = with_matches(comparison, stored)
-        costs = {label: _quantize(comparison, label, work, progress) for label in comparison.candidates}
-    tokenizer = load_tokenizer(comparison.source)
-    windows = calibration_windows(comparison.held_out, tokenizer)
-    original = load_model(comparison.source, device=comparison.device)
+        own = {label for label, (recipe, _) in comparison.candidates.items() if recipe.method == "moebius"}
+        comparison = with_matches(comparison, [row.bits_per_expert_weight for row in rows[1:] if row.label not in own])
+        for label in comparison.candidates.keys() - {row.label for row in rows}:
+            _add(label, comparison, work, progress, rows)
+            grown(comparison, rows)
+        rows[1:] = sorted(rows[1:], key=lambda row: row.bits_per_expert_weight)
+    return comparison, rows
 
-    def measured(label: str, model: PreTrainedModel, size: ModelSize) -> ComparisonRow:
-        recipe, calibration = comparison.candidates.get(label, (None, None))
-        reference = None if recipe is None else original
-        evaluation = evaluate_model(model, windows, reference=reference, progress=Titled(progress, label))
+
+def check_candidates(comparison: Comparison, work: WorkFolder) -> None:
+    """Refuse what any recipe would be refused for, before hours were spent on those before it.
+
+    Raises:
+        MoebiusError: of the same class, with the recipe's label in front.
+    """
+    for label, (recipe, calibration) in comparison.candidates.items():
+        if label not in work:
+            try:
+                check_recipe(comparison.source, recipe, calibration, comparison.device)
+            except MoebiusError as error:
+                raise type(error)(f"recipe {label!r}: {error}") from error
+
+
+def _add(label: str, comparison: Comparison, work: WorkFolder, progress: Progress, rows: list[ComparisonRow]) -> None:
+    """Pack a recipe's checkpoint and measure it, or take up what an earlier run did of that."""
+
+    def measured() -> ComparisonRow:
+        cost = _quantize(comparison, label, work, progress)
+        return _Measurement(comparison, progress).packed(label, work.folder / folder_name(label), cost)
+
+    rows.append(work.row(label, measured))
+
+
+class _Measurement:
+    """The original and the windows, in memory for as long as one row is measured."""
+
+    def __init__(self, comparison: Comparison, progress: Progress) -> None:
+        self._comparison, self._progress = comparison, progress
+        self._tokenizer = load_tokenizer(comparison.source)
+        self._windows = calibration_windows(comparison.held_out, self._tokenizer)
+        self._original = load_model(comparison.source, device=comparison.device)
+
+    def original(self) -> ComparisonRow:
+        """Its own row."""
+        return self._row(ORIGINAL, self._original, checkpoint_size(self._comparison.source), {})
+
+    def packed(self, label: str, folder: Path, cost: dict[str, Any]) -> ComparisonRow:
+        """The row of a packed checkpoint."""
+        return self._row(label, load_model(folder, device=self._comparison.device), packed_checkpoint_size(folder), cost)
+
+    def _row(self, label: str, model: PreTrainedModel, size: ModelSize, cost: dict[str, Any]) -> ComparisonRow:
+        recipe, calibration = self._comparison.candidates.get(label, (None, None))
+        reference = None if recipe is None else self._original
+        evaluation = evaluate_model(model, self._windows, reference=reference, progress=Titled(self._progress, label))
+        prompts = self._comparison.prompts
         return ComparisonRow(
             label=label,
             recipe=None if recipe is None else recipe.to_dict(),
@@ -156,19 +222,37 @@ def run_comparison(comparison: Comparison, work: WorkFolder, progress: Progress)
             kl=evaluation.kl,
             top1_agreement=evaluation.top1_agreement,
             routing_similarity=evaluation.routing_similarity,
-            completions=[complete(model, tokenizer, prompt, COMPLETION_TOKENS).text for prompt in comparison.prompts],
-            **costs.get(label, {}),
+            completions=[complete(model, self._tokenizer, prompt, COMPLETION_TOKENS).text for prompt in prompts],
+            **cost,
         )
 
-    def packed(label: str) -> ComparisonRow:
-        folder = work.folder / folder_name(label)
-        return measured(label, load_model(folder, device=comparison.device), packed_checkpoint_size(folder))
 
-    first = work.row(ORIGINAL, lambda: measured(ORIGINAL, original, checkpoint_size(comparison.source)))
-    rows = [work.row(label, partial(packed, label)) for label in comparison.candidates]
-    if comparison.matched is not None:
-        rows.sort(key=lambda row: row.bits_per_expert_weight)
-    return comparison, [first, *rows]
+def added_to(comparison: Comparison, results: dict[str, Any]) -> Comparison:
+    """A finished comparison and the recipes that are new in this one; what it has measured stays as it is.
+
+    Args:
+        comparison: with the recipes to add; those that are there already are left out.
+        results: of the finished one, as its results.json has them.
+
+    Raises:
+        OutputError: it measured another model, on another text, or a recipe of the same name in another way.
+    """
+    mine, theirs = comparison.to_dict(), results
+    for what in ("text", "prompts"):
+        if mine[what] != theirs[what]:
+            raise OutputError(
+                f"--add: this comparison has {what} {theirs[what]}, got {mine[what]}; give the same, or choose another --out"
+            )
+    candidates = {
+        label: (Recipe.from_dict(values["recipe"]), CalibrationSettings(**values["calibration"]))
+        for label, values in theirs["recipes"].items()
+    }
+    for label, candidate in comparison.candidates.items():
+        if candidates.setdefault(label, candidate) != candidate:
+            raise OutputError(f"--add: {label!r} is there already with another calibration; give it a word of its own")
+    matched = comparison.matched or (CalibrationSettings(**theirs["matched"]) if theirs["matched"] else None)
+    rows = tuple(ComparisonRow.from_dict(row) for row in theirs["rows"])
+    return dataclasses.replace(comparison, candidates=candidates, matched=matched, finished=rows)
 
 
 def with_matches(comparison: Comparison, stored: Sequence[float]) -> Comparison:
@@ -186,10 +270,12 @@ def _quantize(comparison: Comparison, label: str, work: WorkFolder, progress: Pr
     """Seconds and peak memory of packing the checkpoint of one recipe."""
     recipe, calibration = comparison.candidates[label]
     folder, titled = work.folder / folder_name(label), Titled(progress, label)
-    return work.cost(
-        label,
-        lambda: quantize_model(comparison.source, folder, recipe, calibration, device=comparison.device, progress=titled),
-    )
+
+    def quantize() -> dict[str, Any]:
+        return_freed_memory()
+        return quantize_model(comparison.source, folder, recipe, calibration, device=comparison.device, progress=titled)
+
+    return work.cost(label, quantize)
 
 
 def folder_name(label: str) -> str:
