@@ -1,6 +1,10 @@
 """KBVQ-MoE (Algorithm 1): shared directions in 16 bit, vector quantization of the rest, corrected outputs. Each is a switch.
 
 With IDRE and BCOS off it is ``gptvq``, and without error feedback plain k-means.
+
+Deviations: codes are chosen with GPTVQ's error feedback, where the paper takes the nearest entry (``error_feedback=false``);
+inputs count by their second moments, not around their mean, and those of an expert lean on the layer's; gate and up of an
+expert share a codebook and their directions.
 """
 
 from __future__ import annotations
