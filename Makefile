@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 LOWEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 
-.PHONY: demo test lowest kills check style bench clean
+.PHONY: demo test lowest kills fuzz check style bench clean
 
 demo: $(READY)  ## the reference model from 16 bit to one, with a table, a figure and what each model writes
 	rm -rf demo
@@ -22,6 +22,9 @@ lowest: $(READY)  ## loading and quantizing with the lowest transformers that py
 
 kills: $(READY)  ## 210 runs that are killed at file-system operations and finished: the bytes of a run that was not stopped
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kills --count 70
+
+fuzz: $(READY)  ## 10,000 packed checkpoints with something changed: each is refused in words or runs
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.mutate --count 10000
 
 check: $(READY)  ## linter, formatter and types
 	$(BIN)/ruff check .

@@ -42,6 +42,10 @@ class CalibrationError(MoebiusError):
     """A calibration text that is missing, empty or too short."""
 
 
+class TaskError(MoebiusError):
+    """An evaluation task that nobody defines, whose data cannot be loaded, or that runs code where it may not."""
+
+
 class OutputError(MoebiusError):
     """An output folder that is not empty or cannot be written, or a disk that is full."""
 

@@ -21,7 +21,7 @@ from moebius.checkpoint.manifest import MANIFEST_NAME, manifest_text
 from moebius.checkpoint.reader import SourceCheckpoint
 from moebius.checkpoint.shards import INDEX_NAME, MemoryTensor, StoredTensor, byte_count, read_shard, sync_folder, write_text
 from moebius.checkpoint.work_folder import WorkFolder
-from moebius.errors import MoebiusError, OutputError
+from moebius.errors import CheckpointError, MoebiusError, OutputError
 from moebius.formats import Packed, PackedProjection, from_tensors
 from moebius.formats.projection import projection_from_tensors
 
@@ -129,7 +129,17 @@ class CheckpointWriter:
 
         Raises:
             OutputError: the disk is full or not writable. Finished layers stay.
+            CheckpointError: tensors that could not be loaded again, such as scales beyond 16 bit.
         """
+        for module, content in packed.items():
+            try:
+                content.check(module)
+            except CheckpointError as error:
+                fault = str(error).replace("; the file is damaged, fetch it again", "")
+                message = (
+                    f"{fault}: quantized weights that no load would accept were not written; are the source's weights sound?"
+                )
+                raise CheckpointError(message) from None
         guards = guard_sources({path: p.spec() for path, p in packed.items()})
         with self._writing():
             self.work.write(f"packed-{name}", [*_sources(packed), *guards], _record(name, packed, entry))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -21,11 +23,12 @@ from moebius.cli.options import (
     require_text,
 )
 from moebius.cli.output import note, print_json, print_tables, progress_bars
-from moebius.errors import RecipeError
+from moebius.errors import RecipeError, TaskError
 from moebius.report.tables import TextTable, number, percent
 
 if TYPE_CHECKING:
     from moebius.evaluate.evaluation import Evaluation
+    from moebius.evaluate.tasks import TaskScore
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -35,7 +38,19 @@ moebius evaluate ./OLMoE-1bit --reference allenai/OLMoE-1B-7B-0924 --text wikite
 
 moebius evaluate allenai/OLMoE-1B-7B-0924 --text wikitext2 --protocol llama.cpp --save-reference ./olmoe-reference
 
-moebius evaluate ./OLMoE-1bit --reference ./olmoe-reference"""
+moebius evaluate ./OLMoE-1bit --reference ./olmoe-reference
+
+moebius evaluate ./OLMoE-1bit --tasks arc_easy,piqa
+
+moebius evaluate ./OLMoE-1bit --tasks zero-shot --task-path ./tasks
+
+[bold]Tasks[/bold]
+
+zero-shot: the seven of MoBiE's Table 3 and KBVQ-MoE's Tables 10 to 13
+
+generative: MMLU, MathQA, GSM8K, MBPP, HumanEval (MoBiE's Table 8); generative-chat: three of them (its Table 9)
+
+challenging: MMLU, MathQA, GSM8K, HumanEval (KBVQ-MoE's Table 17)"""
 
 Text = Annotated[
     str | None,
@@ -66,8 +81,49 @@ WindowLength = Annotated[
     typer.Option(min=2, help="Tokens per window. Default: 256, gptq 2048, llama.cpp 512.", show_default=False),
 ]
 BatchSize = Annotated[
-    int | None, typer.Option(min=1, help="Windows per forward pass. Default: 2048 tokens.", show_default=False)
+    int | None,
+    typer.Option(min=1, help="Windows per forward pass (default: 2048 tokens), or requests of a task (1).", show_default=False),
 ]
+Tasks = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAMES",
+        help="Instead of a text, tasks of lm-eval, with commas between them; or presets, see below.",
+        show_default=False,
+    ),
+]
+TaskPath = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Own task definitions, and data sets under their names on the hub (owner/name): no network is needed.",
+        show_default=False,
+    ),
+]
+FewShot = Annotated[
+    int | None, typer.Option(min=0, help="Examples in front of a task's question. Default: the task's own.", show_default=False)
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Documents of each task. Default: all.", show_default=False)]
+RunCode = Annotated[bool, typer.Option("--run-generated-code", help="Let tasks run what the model writes (MBPP, HumanEval).")]
+
+
+@dataclass(frozen=True)
+class TaskQuestion:
+    """What to ask: a model, tasks as given, and how."""
+
+    source: str
+    tasks: str
+    task_path: Path | None = None
+    few_shot: int | None = None
+    limit: int | None = None
+    run_generated_code: bool = False
+    dtype: str = "float32"
+    device: str = "cpu"
+    batch_size: int = 1
+
+    def settings(self) -> dict[str, Any]:
+        """What the figures depend on, ready for JSON."""
+        return {"tasks": self.tasks, "few_shot": self.few_shot, "limit": self.limit, "dtype": self.dtype}
 
 
 def evaluate(
@@ -106,6 +162,11 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    tasks: Tasks = None,
+    task_path: TaskPath = None,
+    few_shot: FewShot = None,
+    limit: Limit = None,
+    run_generated_code: RunCode = False,
     batch_size: BatchSize = None,
     dtype: DType = "float32",
     device: Device = "cpu",
@@ -113,6 +174,7 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Measure a model on held-out text: perplexity and, against its original, KL divergence, top-1 agreement and routing.
+    Or, with --tasks, on tasks of lm-eval.
 
     KL is the mean of KL(original || model) per token, in nats. Routing similarity is, per MoE layer, the mean cosine between
     the routing distributions of both models on the same tokens (MoBiE Eq. 53-55): 1 means that no token changed experts.
@@ -121,6 +183,18 @@ def evaluate(
     if top_k is not None and save_reference is None:
         raise RecipeError("--top-k: says what --save-reference stores; give both, or neither")
     source = model_or_reference(model)
+    if tasks is not None:
+        _require_none(
+            "--tasks", "measures no text", reference, protocol, text, windows, window_length, save_reference, routing_from
+        )
+        asked = TaskQuestion(source, tasks, task_path, few_shot, limit, run_generated_code, dtype, device, batch_size or 1)
+        _evaluate_tasks(asked, display_name(model), as_json, quiet)
+        return
+    _require_none(
+        "--task-path, --few-shot, --limit, --run-generated-code",
+        "belong to --tasks",
+        *(task_path, few_shot, limit, run_generated_code or None),
+    )
     original = None if reference is None else model_or_reference(reference)
     router = None if routing_from is None else model_or_reference(routing_from)
 
@@ -156,6 +230,23 @@ def evaluate(
         note(f"for KL, top-1 agreement and routing similarity: moebius evaluate {source} --reference ORIGINAL")
 
 
+def _require_none(what: str, why: str, *values: object) -> None:
+    if any(value is not None for value in values):
+        raise TaskError(f"{what}: {why}; ask for texts and tasks in two runs")
+
+
+def _evaluate_tasks(question: TaskQuestion, name: str, as_json: bool, quiet: bool) -> None:
+    require_device(question.device)
+
+    from moebius.cli.evaluate_tasks import run_tasks
+
+    scores = run_tasks(question, quiet or as_json)
+    if as_json:
+        print_json({"model": question.source, **question.settings(), "scores": [score.to_dict() for score in scores]})
+        return
+    print_tables(task_table(name, scores, question.limit))
+
+
 def evaluation_tables(name: str, result: Evaluation, description: str) -> list[TextTable]:
     """The figures, and the routing similarity of each layer where there was a reference."""
     rows = [("perplexity", number(result.perplexity, 3) + _error(result.perplexity_error, 2))]
@@ -174,6 +265,20 @@ def evaluation_tables(name: str, result: Evaluation, description: str) -> list[T
         layers = tuple((str(i), number(s, 4)) for i, s in enumerate(result.routing_similarity, 1))
         tables.append(TextTable("Routing similarity (MoBiE Eq. 53-55)", ("MoE layer", "cosine"), layers))
     return tables
+
+
+def task_table(name: str, scores: Sequence[TaskScore], limit: int | None) -> TextTable:
+    """Every figure of every task; accuracies as percentages."""
+    rows = []
+    for score in scores:
+        share = 0 <= score.value <= 1 and score.metric.startswith(("acc", "exact", "pass", "f1"))
+        value = number(100 * score.value, 2) + " %" if share else number(score.value, 4)
+        error = _error(score.error, 2, 100) if share else _error(score.error, 4)
+        kept = "" if score.filter == "none" else f" ({score.filter})"
+        shots, asked = ("" if n is None else str(n) for n in (score.few_shot, score.documents))
+        rows.append((score.task, score.metric + kept, value + error, shots, asked))
+    note = "" if limit is None else f"the first {limit} documents of each task only: not to be laid beside published figures"
+    return TextTable(f"{name}, by lm-eval", ("task", "metric", "value", "few-shot", "documents"), tuple(rows), 2, note)
 
 
 def _error(value: float | None, digits: int, factor: float = 1) -> str:

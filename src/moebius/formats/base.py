@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moebius.errors import CheckpointError, ShapeError
+from moebius.formats.numbers import check_fields
 from moebius.table import Table
 
 FORMATS = Table(
@@ -25,6 +26,7 @@ FORMATS = Table(
         "planes": "moebius.formats.planes:Planes",
         "signs": "moebius.formats.signs:Signs",
         "spectral": "moebius.formats.spectral:Spectral",
+        "trellis": "moebius.formats.trellis:Trellis",
     },
 )
 
@@ -65,6 +67,14 @@ class Packed(ABC):
     def expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every tensor, from the plain fields alone."""
 
+    def check_numbers(self) -> None:
+        """Refuse plain fields that contradict each other. Formats add what is theirs.
+
+        Raises:
+            ShapeError: names the field, what it is and what it should be.
+        """
+        check_fields(self)
+
     def tensors(self) -> dict[str, Tensor]:
         """What is stored, by name. Fields that are None are not stored."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -89,6 +99,10 @@ class Packed(ABC):
         Raises:
             CheckpointError: naming the tensor, what it is and what it should be.
         """
+        try:
+            self.check_numbers()
+        except ShapeError as error:
+            raise ShapeError(f"{where}: {error}") from None
         expected, got = self.expected(), self.tensors()
         for name in expected.keys() - got.keys():
             raise CheckpointError(f"{where}.{name}: missing from the checkpoint")
@@ -100,6 +114,16 @@ class Packed(ABC):
                 raise CheckpointError(f"{where}.{name}: got {tuple(tensor.shape)} {tensor.dtype}, wanted {shape} {dtype}")
             if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
                 raise CheckpointError(f"{where}.{name}: holds NaN or Inf; the file is damaged, fetch it again")
+        if not any(tensor.is_meta for tensor in got.values()):
+            self.check_values(where)
+
+    def check_values(self, where: str) -> None:
+        """Refuse values that say where others lie and point beside them. Shapes have been checked.
+
+        Raises:
+            CheckpointError: names the tensor.
+        """
+        return
 
 
 def from_tensors(spec: dict[str, Any], tensors: dict[str, Tensor]) -> Packed:
@@ -110,12 +134,18 @@ def from_tensors(spec: dict[str, Any], tensors: dict[str, Tensor]) -> Packed:
         ShapeError: a spec whose fields are not those of its format.
     """
     spec = dict(spec)
+    if not isinstance(spec.get("format"), str):
+        raise ShapeError(f"got a description without the name of a format: {str(spec)[:60]}")
     kind = FORMATS[spec.pop("format")]
     known = {f.name for f in dataclasses.fields(kind)}
     if unknown := (spec.keys() | tensors.keys()) - known:
         raise ShapeError(
             f"format {kind.name!r}: unknown fields {', '.join(sorted(unknown))}; wanted some of {', '.join(sorted(known))}"
         )
+    if missing := {"batch", "rows", "columns"} - spec.keys():
+        raise ShapeError(f"format {kind.name!r}: {', '.join(sorted(missing))} missing from its description")
+    if clash := [name for name, value in spec.items() if not isinstance(value, (bool, int, float, str))]:
+        raise ShapeError(f"format {kind.name!r}: {clash[0]} is {str(spec[clash[0]])[:40]!r}, wanted a number or a word")
     return kind(**spec, **tensors)
 
 
@@ -129,5 +159,6 @@ def concatenate(parts: Sequence[Packed]) -> Packed:
 def empty_like_spec(spec: dict[str, Any], device: torch.device | str = "meta") -> Packed:
     """A packed object of this spec with uninitialized tensors: the skeleton that a checkpoint is loaded into."""
     blank = from_tensors(spec, {})
+    blank.check_numbers()
     tensors = {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in blank.expected().items()}
     return blank.replace(**tensors)

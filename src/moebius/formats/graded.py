@@ -16,7 +16,7 @@ from torch import Tensor
 from moebius.errors import ShapeError
 from moebius.formats.base import Packed
 from moebius.formats.bits import pack, packed_width, unpack
-from moebius.formats.logarithmic import decode
+from moebius.formats.logarithmic import check_grids, decode
 
 #: Bits of a scale's code.
 SCALE_BITS = 8
@@ -97,6 +97,14 @@ class Graded(Packed):
             matrices[:, mine] = (unpack(block, grade, self.entries).float() - (2**grade - 1) / 2) * scales[:, mine, None]
             first, begin = first + count, begin + count * width
 
+    def check_numbers(self) -> None:
+        super().check_numbers()
+        self.runs()
+
+    def check_values(self, where: str) -> None:
+        assert self.scale_grid is not None
+        check_grids(self.scale_grid, SCALE_BITS, f"{where}.scale_grid")
+
     def expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         stream = sum(count * packed_width(self.entries, grade) for grade, count in self.runs())
         return {
@@ -111,7 +119,7 @@ class Graded(Packed):
             runs = [(int(grade), int(count)) for grade, count in (pair.split(":") for pair in self.grades.split())]
         except ValueError:
             runs = []
-        if sum(count for _, count in runs) != self.directions or any(not 1 <= grade <= 8 for grade, _ in runs):
+        if sum(count for _, count in runs) != self.directions or any(not 1 <= grade <= 8 or count < 1 for grade, count in runs):
             raise ShapeError(f"graded: got grades {self.grades!r}, wanted BITS:COUNT pairs that add up to {self.directions}")
         return runs
 

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moebius.errors import CheckpointError
 from moebius.formats.base import Packed
 from moebius.formats.bits import pack, packed_width, unpack, unpack_signs
+from moebius.formats.numbers import within
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,16 @@ class GroupedSigns(Packed):
             return torch.zeros_like(signs[:, 0], dtype=torch.bool)
         return unpack(self.salient_mask[pick], 1, self.columns).bool()
 
+    def check_numbers(self) -> None:
+        super().check_numbers()
+        within(self, "salient", 0, self.columns)
+
+    def check_values(self, where: str) -> None:
+        if self.salient_mask is not None:
+            counts = unpack(self.salient_mask, 1, self.columns).sum(1)
+            if bool((counts != self.salient).any()):
+                raise CheckpointError(f"{where}.salient_mask: marks {counts.tolist()[:8]} columns, wanted {self.salient} each")
+
     def expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "signs": ((self.batch, self.rows, packed_width(self.columns, 1)), torch.uint8),
@@ -172,8 +184,8 @@ def assemble(
 ) -> Tensor:
     """The matrices that planes stand for, float32; arguments as in :meth:`GroupedSigns.pack`, with ±1 for the signs."""
     columns = signs.shape[2]
-    small, big = row_scales.repeat_interleave(block, dim=2)[:, :, :columns].unbind(3)
-    first, second = salient_row_scales.repeat_interleave(salient_block, dim=2)[:, :, :columns].unbind(3)
+    small, big = row_scales.repeat_interleave(min(block, columns), dim=2)[:, :, :columns].unbind(3)
+    first, second = salient_row_scales.repeat_interleave(min(salient_block, columns), dim=2)[:, :, :columns].unbind(3)
     mask = salient_mask.unsqueeze(1)
     if column_scales is not None:
         lower, upper = column_scales.unsqueeze(2).unbind(1)  # (batch, 1, columns) each

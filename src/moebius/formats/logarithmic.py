@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moebius.errors import CheckpointError
+
 _SMALLEST = 1e-30  # scales are positive; this stands in for zero
 # Scales this far below the largest of their row belong to dead or zero-padded neurons: a grid that reached down to them would
 # have no points left for the others. They take the first point.
@@ -46,6 +48,24 @@ def decode(codes: Tensor, grid: Tensor) -> Tensor:
     """The scales that codes (rows, columns) stand for on grids (rows, 2)."""
     first, step = grid.float().split(1, dim=1)
     return (first + step * codes.float()).exp()
+
+
+#: Beyond this a scale is no float32 any more, or no product of two of them is.
+_LARGEST_LOGARITHM = 44.0
+
+
+def check_grids(grids: Tensor, bits: int, where: str) -> None:
+    """Refuse grids (..., 2) on which a code stands for a scale that overflows.
+
+    Raises:
+        CheckpointError: names the tensor.
+    """
+    first, step = grids.float().unbind(-1)
+    ends = torch.stack([first, first + step * (2**bits - 1)])
+    if ends.numel() and float(ends.max()) > _LARGEST_LOGARITHM:
+        raise CheckpointError(
+            f"{where}: reaches a scale of e^{float(ends.max()):.0f}, wanted at most e^{_LARGEST_LOGARITHM:.0f}"
+        )
 
 
 def rounded(scales: Tensor, bits: int, used: Tensor | None = None) -> Tensor:

@@ -17,9 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moebius.errors import CheckpointError
 from moebius.formats.base import Packed
 from moebius.formats.bits import pack, packed_width, unpack, unpack_signs
-from moebius.formats.logarithmic import decode
+from moebius.formats.logarithmic import check_grids, decode
+from moebius.formats.numbers import within
 
 #: Planes to their amplitudes: those of least squared error for a Gaussian of unit variance, among sums of signs. For one and
 #: two planes these are the Lloyd-Max levels themselves; for three and four the levels of a quantizer without the nesting would
@@ -202,6 +204,26 @@ class Planes(Packed):
         values = self.levels(index).mul_(self.direction_scales(index).unsqueeze(2))
         values *= self.entry_scales(index).unsqueeze(1)
         out.copy_(values.mT if self.side == "input" else values)
+
+    def check_numbers(self) -> None:
+        super().check_numbers()
+        within(self, "live_matrices", 0, self.batch)
+        within(self, "live", self.live_matrices, self.live_matrices * self.directions)
+        within(self, "sign_rows", self.live, self.live * self.planes)
+
+    def check_values(self, where: str) -> None:
+        assert self.widths is not None
+        widths = self.widths.long()
+        ordered = not bool((widths < 0).any() or (widths > self.directions).any() or (widths.diff(dim=1) > 0).any())
+        if not ordered:
+            raise CheckpointError(f"{where}.widths: wanted 0 to {self.directions} directions, not increasing along the planes")
+        got = int(widths.sum()), int(widths[:, :1].sum()), int((widths[:, :1] > 0).sum())
+        wanted = self.sign_rows, self.live, self.live_matrices
+        if got != wanted:
+            raise CheckpointError(f"{where}.widths: got (rows of signs, directions, matrices) {got}, wanted {wanted}")
+        assert self.entry_grids is not None and self.direction_grids is not None
+        check_grids(self.entry_grids, self.scale_bits, f"{where}.entry_grids")
+        check_grids(self.direction_grids, self.scale_bits, f"{where}.direction_grids")
 
     def expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         return {

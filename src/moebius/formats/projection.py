@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moebius.errors import ShapeError
 from moebius.formats.base import Packed, empty_like_spec, from_tensors
 
 _PARTS = ("factor", "left", "right", "bias")
@@ -68,8 +69,35 @@ class PackedProjection:
         """Bits of the shared factors alone."""
         return sum(packed.stored_bits() for packed in (self.left, self.right) if packed is not None)
 
+    def check_numbers(self) -> None:
+        """Refuse parts that do not fit together, before any of them is multiplied.
+
+        Raises:
+            ShapeError: names the part, its shape and what it should be.
+        """
+        factor, (experts, out, inputs) = self.factor, self.shape
+        wanted = {
+            "left": (1, out, factor.rows),
+            "right": (1, factor.columns, inputs),
+            "bias": (experts, 1, out),
+        }
+        for part, packed in self.parts().items():
+            packed.check_numbers()
+            got = packed.batch, packed.rows, packed.columns
+            if got != wanted.get(part, got):
+                raise ShapeError(
+                    f"{part}: got {got}, wanted {wanted[part]} beside a factor of {factor.rows} x {factor.columns}"
+                )
+        if out < 1 or inputs < 1 or max(factor.rows, factor.columns) > 4 * max(out, inputs):
+            shape = f"{factor.rows} x {factor.columns}"
+            raise ShapeError(f"factor: got {shape}, wanted at most four times the larger side of matrices of {out} x {inputs}")
+
     def check(self, where: str) -> None:
         """See :meth:`Packed.check`."""
+        try:
+            self.check_numbers()
+        except ShapeError as error:
+            raise ShapeError(f"{where}: {error}") from None
         for part, packed in self.parts().items():
             packed.check(f"{where}.{part}")
 
@@ -85,4 +113,11 @@ def projection_from_tensors(spec: dict[str, Any], tensors: dict[str, Tensor]) ->
 
 def empty_projection(spec: dict[str, Any], device: torch.device | str = "meta") -> PackedProjection:
     """A projection of this spec with uninitialized tensors."""
+    if unknown := spec.keys() - set(_PARTS):
+        raise ShapeError(f"unknown parts {', '.join(sorted(unknown))}; wanted some of {', '.join(_PARTS)}")
+    for part, part_spec in spec.items():
+        if not isinstance(part_spec, dict):
+            raise ShapeError(f"{part}: got {str(part_spec)[:40]!r}, wanted the description of a format")
+    # Nothing is laid out before all numbers are known to fit.
+    PackedProjection(**{part: from_tensors(part_spec, {}) for part, part_spec in spec.items()}).check_numbers()
     return PackedProjection(**{part: empty_like_spec(part_spec, device) for part, part_spec in spec.items()})

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moebius.errors import ShapeError
+from moebius.errors import CheckpointError, ShapeError
 from moebius.formats.base import Packed
 from moebius.formats.bits import pack, packed_width, unpack, unpack_signs
+from moebius.formats.numbers import within
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,16 @@ class Signs(Packed):
             picked = mask.nonzero()[:, 1].view(len(out), 1, self.salient)
             out.scatter_add_(2, picked.expand_as(second), second)
         out *= self.row_scales[pick].float().unsqueeze(2)
+
+    def check_numbers(self) -> None:
+        super().check_numbers()
+        within(self, "salient", 0, self.columns)
+
+    def check_values(self, where: str) -> None:
+        if self.salient_mask is not None:
+            counts = unpack(self.salient_mask, 1, self.columns).sum(1)
+            if bool((counts != self.salient).any()):
+                raise CheckpointError(f"{where}.salient_mask: marks {counts.tolist()[:8]} columns, wanted {self.salient} each")
 
     def expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {

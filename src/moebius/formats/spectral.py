@@ -105,13 +105,11 @@ class Spectral(Packed):
         """What a direction of this width takes in the payload."""
         return 2 * self.groups + packed_width(self.length, bits) if bits else 0
 
-    def check(self, where: str) -> None:
-        super().check(where)
-        if self.widths is None or self.widths.is_meta:
-            return
+    def check_values(self, where: str) -> None:
+        assert self.widths is not None
         widths = unpack(self.widths, 4, self.directions)
         taken = sum(self.record_bytes(bits) * len(units) for bits, units, _ in self.sections(widths))
-        if int(widths.max()) > MAX_BITS or taken > self.payload_bytes:
+        if bool((widths > MAX_BITS).any()) or taken > self.payload_bytes:
             raise CheckpointError(f"{where}.widths: ask for {taken} bytes of codes, wanted at most {self.payload_bytes}")
 
     def expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

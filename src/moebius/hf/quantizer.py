@@ -24,6 +24,7 @@ from moebius.hf.config import MoebiusConfig
 from moebius.hf.hashes import hashes_wanted
 from moebius.hf.paths import paths_in, renamed_beginnings
 from moebius.hf.save import save_packed
+from moebius.runtime.packed_module import packed_of
 
 if TYPE_CHECKING:  # modeling_utils imports the table that this class is registered in
     from transformers import PreTrainedModel
@@ -71,6 +72,9 @@ class MoebiusQuantizer(HfQuantizer):
             wrong = ~tensor.isfinite() if name in self._packed_names else tensor.isnan()
             if wrong.any():
                 raise CheckpointError(f"{name}: holds NaN or Inf; the file is damaged, fetch it again")
+        for name, module in model.named_modules():
+            if hasattr(module, "_packed_spec"):
+                packed_of(module).check(name)
         if any(hasattr(module, "_hf_hook") for module in model.modules()):
             from moebius.hf.offload import fetch_parts
 
@@ -159,6 +163,7 @@ def pack_modules(model: nn.Module, modules: dict[str, Any]) -> None:
             raise CheckpointError(f"{name}: config.json says that only {found[0]} is packed; wanted both projections or none")
         if found:
             gate_up, down = (empty_projection(left.pop(path)) for path in paths)
+            _check_top_k(name, model, layout.experts)
             shape = (layout.experts, layout.inner * (2 if layout.has_gate else 1), layout.hidden)
             _same_shape(paths[0], gate_up.shape, shape)
             _same_shape(paths[1], down.shape, (layout.experts, layout.hidden, layout.inner))
@@ -215,6 +220,16 @@ def _manifest(folder: Path, config: Any) -> Path:
         _raise_exceptions_for_missing_entries=False,
     )
     return Path(found) if found else folder / MANIFEST_NAME
+
+
+def _check_top_k(name: str, model: nn.Module, experts: int) -> None:
+    """Refuse a config that has tokens choose more experts than there are."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for key in ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k"):
+        value = getattr(text, key, None)
+        if isinstance(value, int) and not 1 <= value <= experts:
+            raise CheckpointError(f"{name}: config.json says {key} = {value}, wanted 1 to {experts}, the number of experts")
 
 
 def _same_shape(path: str, got: tuple[int, ...], wanted: tuple[int, ...]) -> None:

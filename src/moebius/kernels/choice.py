@@ -58,6 +58,6 @@ def wants_gradients(*tensors: Tensor | None) -> bool:
 
 
 @cache
-def tell_once(message: str) -> None:
-    """Log what was chosen, once."""
-    _log.info(message)
+def tell_once(message: str, *, warn: bool = False) -> None:
+    """Log what was chosen, once; as a warning where it is not what one would expect."""
+    _log.log(logging.WARNING if warn else logging.INFO, message)

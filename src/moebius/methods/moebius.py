@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moebius.allocate.budget import Units, prefix_values
+from moebius.allocate.budget import Allocation, Units, expected_loss, prefix_values
 from moebius.allocate.budget import allocate as within_budget
 from moebius.basis.whitened import coordinates, input_basis, loss_metric, output_basis, rounded_basis
 from moebius.correct.gain import row_gain
+from moebius.errors import RecipeError
 from moebius.formats.base import Packed
 from moebius.formats.bits import packed_width
 from moebius.formats.graded import Graded
 from moebius.formats.logarithmic import encode
 from moebius.formats.planes import Planes, pack_signs
 from moebius.formats.projection import PackedProjection
+from moebius.formats.trellis import Trellis, fixed_bytes
 from moebius.linalg.hessian import conditioned, layer_mean, solve_unit_upper, unit_upper
 from moebius.linalg.products import quadratic_forms, symmetric_product
-from moebius.methods.base import Method, Survey, chunks
+from moebius.methods.base import Method, Survey, chunks, in_chunks
 from moebius.methods.options import BLOCK_SIZE, CONDITIONING, GAIN
 from moebius.options import MethodOptions, Option
 from moebius.quantize.planes import PlaneLevels, over_directions, over_entries
+from moebius.quantize.trellis import expected_loss as expected_trellis_loss
+from moebius.quantize.trellis import quantize_columns, rate_values, share_rates
 from moebius.recipe import Recipe
 from moebius.types import CalibrationNeeds, ProjectionStats
 
@@ -46,12 +51,42 @@ def survey(weight: Tensor, stats: ProjectionStats, recipe: Recipe, projection: s
     else:
         found["metric"] = metric = _metric(stats, outputs)
         basis = output_basis(weight, moments, metric)
-    values = basis.energies * _sensitivity(stats, outputs).unsqueeze(1)
+    sensitivity = _sensitivity(stats, outputs)
+    values = basis.energies * sensitivity.unsqueeze(1)
+    if recipe.codes != "planes":
+        layer, chunked = layer_mean(stats.second_moment), []
+        for some in chunks(experts, inputs):
+            hessians = conditioned(stats.second_moment[some], shrinkage=recipe.shrinkage, damping=recipe.damping, layer=layer)
+            chunked.append(rate_values(weight[some], hessians, sensitivity[some]))
+        found["rate_values"] = torch.cat(chunked).cpu()
     return {**found, "directions": basis.directions, "values": prefix_values(values.cpu())}
 
 
 def allocate(surveys: Sequence[Mapping[str, Tensor]], recipe: Recipe) -> list[dict[str, Tensor]]:
-    """One budget over everything that was surveyed."""
+    """One budget over everything that was surveyed, spent on planes behind shared bases or on trellis codes without any,
+    whichever is expected to lose less.
+    """
+    planes, loss = _share_planes(surveys, recipe) if recipe.codes != "trellis" else ([], math.inf)
+    if recipe.codes == "planes":
+        return planes
+    codes, loss_of_codes = _share_codes(surveys, recipe)
+    return codes if loss_of_codes < loss else planes
+
+
+def _share_codes(surveys: Sequence[Mapping[str, Tensor]], recipe: Recipe) -> tuple[list[dict[str, Tensor]], float]:
+    shapes = [tuple(seen["shape"].tolist()) for seen in surveys]
+    values = [seen["rate_values"] for seen in surveys]
+    budget = int(recipe.bits * sum(math.prod(shape) for shape in shapes) / 8) - sum(fixed_bytes(*shape) for shape in shapes)
+    if budget < 0:  # not even the scales fit: matrices this narrow are for planes, whose directions share them
+        if recipe.codes == "trellis":
+            raise RecipeError(f"bits: got {recipe.bits:g}, which does not pay for scales here; use more bits or codes=planes")
+        return [], math.inf
+    rates = share_rates(values, [packed_width(shape[1], 1) for shape in shapes], budget)
+    loss = sum(expected_trellis_loss(*pair) for pair in zip(values, rates, strict=True))
+    return [{"rates": some} for some in rates], loss
+
+
+def _share_planes(surveys: Sequence[Mapping[str, Tensor]], recipe: Recipe) -> tuple[list[dict[str, Tensor]], float]:
     units, weights = [], 0
     for seen in surveys:
         _, outputs, inputs = shape = tuple(seen["shape"].tolist())
@@ -59,7 +94,12 @@ def allocate(surveys: Sequence[Mapping[str, Tensor]], recipe: Recipe) -> list[di
         units.append(Units(seen["values"], entries, length))
         weights += shape[0] * outputs * inputs
     shares = within_budget(units, int(recipe.bits * weights / 8), **_choices(recipe))
-    return [{"widths": share.widths, "basis_bits": torch.tensor(share.basis_bits, dtype=torch.int64)} for share in shares]
+    loss = sum(expected_loss(some, share) for some, share in zip(units, shares, strict=True))
+    return [_stored_share(share) for share in shares], loss
+
+
+def _stored_share(share: Allocation) -> dict[str, Tensor]:
+    return {"widths": share.widths, "basis_bits": torch.tensor(share.basis_bits, dtype=torch.int64)}
 
 
 def quantize(
@@ -76,12 +116,32 @@ def quantize(
     assert stats is not None
     seen = survey(weight, stats, recipe, projection) if seen is None else seen
     share = allocate([seen], recipe)[0] if share is None else share
+    if "rates" in share:
+        return _coded(weight, stats, recipe, share["rates"].to(weight.device))
     widths, bits = share["widths"].to(weight.device), share["basis_bits"].tolist()
     directions = seen["directions"][: len(bits)].to(weight.device)
     basis = rounded_basis(directions, bits, _SIDES[projection])
     metric = seen["metric"].to(weight.device) if "metric" in seen else None
     packer = _Packer(weight, stats, recipe, widths, basis, metric)
     return PackedProjection(packer.factor(), **{"right" if projection == "gate_up" else "left": basis})
+
+
+def _coded(weight: Tensor, stats: ProjectionStats, recipe: Recipe, rates: Tensor) -> PackedProjection:
+    """Trellis codes for the weights as they are."""
+    layer = layer_mean(stats.second_moment)
+
+    def quantize_some(some: slice) -> Packed:
+        moments = conditioned(stats.second_moment[some], shrinkage=recipe.shrinkage, damping=recipe.damping, layer=layer)
+        pace = {"sweeps": recipe.sweeps, "block_size": recipe.block_size}
+        wanted = weight[some].float()
+        found = quantize_columns(wanted, moments, rates[some], **pace)
+        if recipe.gain:
+            gain = row_gain(wanted, found.values(), moments).clamp_max(_LARGEST_GAIN)
+            found = dataclasses.replace(found, row_scales=found.row_scales * gain)
+        return found.packed()
+
+    parts = in_chunks(weight.shape[0], weight.shape[2], quantize_some)
+    return PackedProjection(parts.replace(code_rows=int(rates.sum())))
 
 
 class _Packer:
@@ -186,6 +246,10 @@ def plan(shape: tuple[int, int, int], recipe: Recipe, projection: str) -> Packed
     entries, length = (outputs, inputs) if side == "input" else (inputs, outputs)
     values = (1 / torch.arange(1, length + 1, dtype=torch.float64)).expand(experts, -1)
     budget = int(recipe.bits * experts * outputs * inputs / 8)
+    if recipe.codes == "trellis":
+        room = max(0, budget - fixed_bytes(experts, outputs, inputs))
+        rates = share_rates([torch.ones(experts, inputs)], [packed_width(outputs, 1)], room)[0]
+        return PackedProjection(Trellis.skeleton(rates, outputs))
     share = within_budget([Units(values, entries, length)], budget, **_choices(recipe))[0]
     basis = Graded.skeleton(side=side, bits=share.basis_bits, entries=length)
     factor = Planes.skeleton(
@@ -255,11 +319,17 @@ LOSS_WEIGHTED = Option(
     from_bits=((1, False),),
     formerly=("felt",),
 )
+CODES = Option(
+    "codes",
+    "planes",
+    "sign planes behind shared bases, trellis codes without a basis (no kernel yet), or what is expected to lose less",
+    ("planes", "trellis", "auto"),
+)
 REFINE = Option("refine", False, "train scales and bases afterwards, so that the logits become the original's")
 REFINE_STEPS = Option("refine_steps", 200, "steps of that, of four calibration windows each", low=1, high=1_000_000)
 _CONDITIONING = tuple(dataclasses.replace(o, default=True) if o is GAIN else o for o in CONDITIONING)
 OPTIONS = MethodOptions(
-    (PLANES, SCALE_BITS, SWEEPS, LOSS_WEIGHTED, REFINE, REFINE_STEPS, BLOCK_SIZE, *_CONDITIONING),
+    (PLANES, SCALE_BITS, SWEEPS, LOSS_WEIGHTED, CODES, REFINE, REFINE_STEPS, BLOCK_SIZE, *_CONDITIONING),
     default_bits=1,
     low=0.3,
     high=4,

@@ -21,7 +21,7 @@ from moebius.calibrate.stream import Resident
 from moebius.errors import CalibrationError
 from moebius.formats.projection import PackedProjection
 from moebius.progress import Progress
-from moebius.quantize.trainable import TrainableProjection
+from moebius.quantize.trainable import TrainableCodes, TrainableProjection, trainable
 from moebius.types import PROJECTIONS, MoeLayer, MoeModel
 
 _BATCH = 4  # windows per step
@@ -66,7 +66,7 @@ def refine(
     Raises:
         CalibrationError: the loss is not finite.
     """
-    student = {name: {p: TrainableProjection(packed[p]) for p in PROJECTIONS} for name, packed in layers.items()}
+    student = {name: {p: trainable(packed[p]) for p in PROJECTIONS} for name, packed in layers.items()}
     windows = windows.to(computing_device(moe))
     with calibrating(moe), ExitStack() as stack:
         wanted = _last_states(moe, windows, resident)
@@ -93,7 +93,7 @@ def _last_states(moe: MoeModel, windows: Tensor, resident: Resident) -> Tensor:
 @torch.enable_grad()
 def _train(
     moe: MoeModel,
-    student: Mapping[str, Mapping[str, TrainableProjection]],
+    student: Mapping[str, Mapping[str, TrainableProjection | TrainableCodes]],
     windows: Tensor,
     wanted: Tensor,
     steps: int,
@@ -104,7 +104,8 @@ def _train(
     trained = [projection for pair in student.values() for projection in pair.values()]
     # Directions have unit length: their entries are of size 1/sqrt(length).
     groups = [{"params": [t.log_directions, t.log_entries], "scale": _RATE} for t in trained]
-    groups += [{"params": [t.directions], "scale": _RATE / math.sqrt(t.directions.shape[1])} for t in trained]
+    bases = [t for t in trained if isinstance(t, TrainableProjection)]
+    groups += [{"params": [t.directions], "scale": _RATE / math.sqrt(t.directions.shape[1])} for t in bases]
     optimizer = torch.optim.Adam(groups, betas=_BETAS)
     runner, generator = LayerRunner(moe), torch.Generator().manual_seed(seed)
     losses: list[float] = []
@@ -150,7 +151,7 @@ def _backward(moe: MoeModel, runner: LayerRunner, ids: Tensor, wanted: Tensor) -
     return total
 
 
-def _forward(layer: MoeLayer, projections: Mapping[str, TrainableProjection]) -> Any:
+def _forward(layer: MoeLayer, projections: Mapping[str, TrainableProjection | TrainableCodes]) -> Any:
     """The forward of an experts module that computes with the trained projections in place of its matrices."""
 
     def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -160,7 +161,7 @@ def _forward(layer: MoeLayer, projections: Mapping[str, TrainableProjection]) ->
     return forward
 
 
-def _product(projection: TrainableProjection) -> Product:
+def _product(projection: TrainableProjection | TrainableCodes) -> Product:
     """Scales meet the rows, not the matrices: the gradient of a scale then needs no gradient of a matrix."""
 
     def product(rows: Tensor, assignment: Assignment) -> Tensor:
@@ -168,6 +169,8 @@ def _product(projection: TrainableProjection) -> Product:
         chosen = nn.functional.one_hot(assignment.expert_of_row, len(assignment.counts)).float()  # (rows, experts)
         directions, entries = (chosen @ scales for scales in projection.scales())
         basis = projection.basis()
+        if basis is None:
+            return grouped_linear(rows * directions, projection.levels, assignment) * entries
         if projection.before_factor:
             return grouped_linear((rows @ basis.mT) * directions, projection.levels, assignment) * entries
         return (grouped_linear(rows * entries, projection.levels, assignment) * directions) @ basis

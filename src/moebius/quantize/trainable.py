@@ -13,6 +13,7 @@ from moebius.formats.graded import Graded
 from moebius.formats.logarithmic import decode, encode
 from moebius.formats.planes import Planes
 from moebius.formats.projection import PackedProjection
+from moebius.formats.trellis import SCALE_BITS, Trellis
 
 _SMALLEST = 1e-30  # scales are positive; this stands in for zero
 
@@ -86,6 +87,52 @@ class TrainableProjection(nn.Module):
     def _codes(self) -> Tensor:
         codes = (self.directions.detach() / self._steps + self._highest / 2).round()
         return torch.minimum(codes.clamp_min(0), self._highest)
+
+
+class TrainableCodes(nn.Module):
+    """Packed :class:`Trellis` codes without a basis, with the logarithms of their scales open to training.
+
+    Attributes:
+        levels: constant, (experts, out, in). float32
+        log_directions: logarithms of the scales of columns, (experts, in).
+        log_entries: logarithms of the scales of rows, (experts, out).
+    """
+
+    levels: Tensor
+    before_factor = True
+
+    def __init__(self, projection: PackedProjection) -> None:
+        super().__init__()
+        factor = projection.factor
+        assert isinstance(factor, Trellis) and projection.left is None and projection.right is None
+        self._factor, self._live = factor, factor.each_rate() > 0
+        self.levels = factor.levels().contiguous()
+        self.log_directions = nn.Parameter(factor.column_scales().log())
+        self.log_entries = nn.Parameter(factor.row_scales().log())
+
+    def scales(self) -> tuple[Tensor, Tensor]:
+        """Of columns (experts, in), zero where there is no code, and of rows (experts, out)."""
+        rows, columns = self._encoded()
+        directions = _through(self.log_directions, decode(*columns).log())
+        return directions.exp() * self._live, _through(self.log_entries, decode(*rows).log()).exp()
+
+    def basis(self) -> None:
+        """There is none."""
+
+    def packed(self) -> PackedProjection:
+        """What is stored for it: as many bytes as before."""
+        rows, columns = self._encoded()
+        grids = torch.cat([rows[1], columns[1]], 1)
+        return PackedProjection(self._factor.replace(row_codes=rows[0], column_codes=columns[0], grids=grids))
+
+    @torch.no_grad()
+    def _encoded(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        return encode(self.log_entries.exp(), SCALE_BITS), encode(self.log_directions.exp(), SCALE_BITS, self._live)
+
+
+def trainable(projection: PackedProjection) -> TrainableProjection | TrainableCodes:
+    """What may be trained of a projection of the method ``moebius``."""
+    return (TrainableCodes if isinstance(projection.factor, Trellis) else TrainableProjection)(projection)
 
 
 def _through(value: Tensor, rounded: Tensor) -> Tensor:

@@ -19,6 +19,9 @@ from moebius.formats import PackedProjection
 from moebius.kernels import choice
 from moebius.kernels.routed_experts import reference
 
+#: Formats that every backend but the definition refuses, although checkpoints of the default method may have them.
+_WITHOUT_KERNELS = ("trellis",)
+
 
 class Experts(Protocol):
     """The experts of one layer, ready to run."""
@@ -114,3 +117,6 @@ def _tell(name: str, gate_up: PackedProjection, down: PackedProjection, reason: 
     module = _module(name) if name == "cpu" else None
     level = f" ({module.level()})" if isinstance(module, ModuleType) else ""
     choice.tell_once(f"experts of {gate_up.factor.name} and {down.factor.name}: {name} kernels{level}, because {reason}")
+    if gate_up.factor.name in _WITHOUT_KERNELS or down.factor.name in _WITHOUT_KERNELS:
+        told = "experts of trellis codes have no kernels yet: they are unpacked in plain PyTorch for every batch of tokens, "
+        choice.tell_once(told + "which is slow; codes=planes has kernels", warn=True)

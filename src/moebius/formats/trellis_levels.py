@@ -1,0 +1,44 @@
+"""Levels of the trellis by rate: the step, and 256 signed bytes in hexadecimal. Made by `scripts/trellis_levels.py`."""
+
+LEVELS = {
+    # distortion 0.2831
+    1: (
+        0.01648,
+        "b31d00b40919e09bfc40d5e6ee4be738fe9b27e67211ba1e4e0997e810bf0cf850f513d7e1080db3d915de1c53dc52ceb808"
+        "1fdf1de6186cf25c2bd545e481e32dd4decdf218442f2d0083dc21d5f2bfe50ce12a95e915d91ac6de2db10ef67ce94731f8"
+        "43d5c1304f0ecd0ca019d0e03ad31d050a2c12ae71fa0c71cc292edd16b8fd2fe6aa1e018fc41a2e30eb52d89ff4730b22ce"
+        "0fb002eb00367017d5400ffca913e2e84ffd026d3399e7e20c270240d545bf2fd1fd31c9e329e046f335d33350011ad59df1"
+        "da11f03ea71a2c0a1d23d071004f6a14be2836d9fadd353252e1feab074612e2e7e43ab31895e821e12e4cdecaeec21d09b3"
+        "c6151bb5e531",
+    ),
+    # distortion 0.0779
+    2: (
+        0.023293,
+        "d730b0e7e42bc004bc13e1f62bcb05f6a5edcd04ebfb2e1624de087f083c1f56c34fee0bc218ecee3114bfe8f1b4d90ce20e"
+        "9f4dff5bd9261dcde90e9726e2fd23dabd00ee44fb1d66d715f7dc1f0c6b0d06e43224c8fd085516f439c6f6d9a00ff82d27"
+        "31e20c3efcd3ebbc15d8fc3dfee1371a0639f01bd5a90fe1ea5215b9f71740bc2ad719f7ed03e828fe18deb82e8d0a5a54d9"
+        "24f308f4261b6803efd4033614e400a728cf113b41eec9330ded1d01e8cf19f4cd45f82350bffcdaad1d4402e81eb507e7d1"
+        "462a15fc0ee8be36d1ea0423cd18ff43e622da04eb2206cbe3cfff88d8f5fe1bcdf4251048043921dd2c16f9b4153af51d49"
+        "07f0bb0438de",
+    ),
+    # distortion 0.0215
+    3: (
+        0.025661,
+        "f603d80d20ef3ab7ffe30af32d1a180d172de3c53a20080011513dc42b1a6701d6f6e917fe0e25d0f110fb14da062533db48"
+        "f2f90aac24e71dc6a72ce2e72f3f08ea17fcbd39cf281803c5f6ebd9d79c0bfc07dd4518b7f1080e1fd034fde2f6e1cfecee"
+        "0e22fd07eb442f21c937b1e3000e24f656eed895e2f20c26fe60cd13fd1257c33ed3eee4e2bc1d2a09ff04d4d31d3c0c2d81"
+        "f7c4ed00dd0fcef0f57eefdfcdb719069cf80930fad61cf1e9c2f2b8d3186dcc483300dcbff01d09f34a1622004030e1114e"
+        "1bd1b5e0fb2bec48ace5fb042234e814cf25f6dd620d06ec3c28062d53f4dd17cef5df0511ecf9b4e7a30f2a193ec7563d13"
+        "f9e0bf2b0d22",
+    ),
+    # distortion 0.0059
+    4: (
+        0.026804,
+        "dc37f90cfef69119e7f0141f0305bfae39ef0b0324ff2b15e0f8dcf6e91ee5d4f12a6310f84b0a00ebc2d0141fe19935fb6b"
+        "e6232d090419dad2f5bd3befffc902fa091704eddf0f334f40f4d6c7260d175ae1fe081f4cf42a10c5ecddd1e73effca7df6"
+        "eab5efd404e2081a1146a6f9f202deac0de9c508fa29d8e2ce1613bb2cc413b8d1f63cdbf220e250fde807ed48baecf1382f"
+        "e6c81200282319d9f9f3ea1c1d0814ded5a62303fdcdf10e30e5e6d5f39ee310fcfb3f19ef32b92705dd2212d61bf1cd5e02"
+        "810ae8b030fa0c04f8dcc02d1e5534e6b23c0efff3061826d012caebdb43f531e2e9d5060b1a21fe09d300cc45c21a240ddc"
+        "1eed28340f15",
+    ),
+}
