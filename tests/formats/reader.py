@@ -46,7 +46,11 @@ def integers(s, t):
     middle = levels(0, s["bits"]) * -1
     if s["zero_points"]:
         middle = stream(t["zeros"], s["bits"], s["rows"] * groups).reshape(s["batch"], s["rows"], groups)[..., group]
-    return t["scales"].astype(np.float32)[..., group] * (q - middle)
+    return column_scaled(s, t, t["scales"].astype(np.float32)[..., group] * (q - middle))
+
+
+def column_scaled(s, t, matrices):
+    return matrices * t["column_scales"].astype(np.float32)[:, None] if s.get("column_scaled") else matrices
 
 
 def salient(s, t, count):
@@ -86,12 +90,14 @@ def grouped_signs(s, t):
 
 
 def codebook(s, t):
-    vectors = -(-s["columns"] // s["length"])
-    codes, books = stream(t["codes"], s["code_bits"], vectors), t["codebooks"].astype(np.float32)
-    out = np.stack([books[m][codes[m]].reshape(s["rows"], -1)[:, : s["columns"]] for m in range(s["batch"])])
+    lines, along = (s["columns"], s["rows"]) if s.get("transposed") else (s["rows"], s["columns"])
+    codes, books = stream(t["codes"], s["code_bits"], -(-along // s["length"])), t["codebooks"].astype(np.float32)
+    out = np.stack([books[m][codes[m]].reshape(lines, -1)[:, :along] for m in range(s["batch"])])
+    out = out.swapaxes(1, 2) if s.get("transposed") else out
     if s["rank"]:
         out = out + t["loadings"].astype(np.float32) @ t["directions"].astype(np.float32)
-    return out * t["row_scales"].astype(np.float32)[..., None] if s["row_scaled"] else out
+    out = out * t["row_scales"].astype(np.float32)[..., None] if s["row_scaled"] else out
+    return column_scaled(s, t, out)
 
 
 def graded(s, t):
@@ -105,9 +111,10 @@ def graded(s, t):
     return out if s["side"] == "input" else out.swapaxes(1, 2)
 
 
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
 AMPLITUDES = [
     [float(word) for word in line.split("|")[2].split()]
-    for line in (Path(__file__).parents[2] / "docs" / "format.md").read_text().splitlines()
+    for line in DOCUMENT.splitlines()
     if line.startswith(tuple(f"| {planes} | " for planes in range(1, 8)))
 ]
 
@@ -142,7 +149,26 @@ def spectral(s, t):
     return out * t["row_scales"].astype(np.float32)[..., None] if s["row_scaled"] else out
 
 
-FORMATS = {f.__name__: f for f in (dense, integers, grouped_signs, codebook, graded, planes, spectral)} | {
+LEVELS = [
+    float(block.split()[1]) * np.frombuffer(bytes.fromhex("".join(block.split()[2:])), "i1")
+    for block in DOCUMENT.split("```text")[-1].split("```")[0].split("rate ")[1:]
+]
+
+
+def trellis(s, t):
+    out, row = np.zeros((s["batch"], s["columns"], s["rows"])), 0
+    for m, rates in enumerate(stream(t["rates"], 4, s["columns"])):
+        for j, rate in enumerate(rates):
+            if rate:
+                bits = stream(t["codes"][row : row + rate], 1, s["rows"])
+                codes = (bits << np.arange(rate)[:, None]).sum(0)
+                state = sum(np.roll(codes, back) << (rate * back) for back in range(8)) & 255
+                out[m, j], row = LEVELS[rate - 1][state], row + rate
+    rows, columns = scales(t["row_codes"], t["grids"][:, :2]), scales(t["column_codes"], t["grids"][:, 2:])
+    return out.swapaxes(1, 2) * rows[..., None] * columns[:, None]
+
+
+FORMATS = {f.__name__: f for f in (dense, integers, grouped_signs, codebook, graded, planes, spectral, trellis)} | {
     "signs": signs_format
 }
 

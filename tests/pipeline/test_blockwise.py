@@ -95,11 +95,13 @@ def test_training_that_makes_it_worse_is_not_kept(olmoe: Path, tmp_path: Path, m
 
 def test_refinement_begins_with_the_layers_that_were_recovered(olmoe: Path, tmp_path: Path) -> None:
     run(olmoe, tmp_path / "recovered", **RECOVERED)
-    refined = {"refine": True, "refine_steps": 10}
-    alone, after = (run(olmoe, tmp_path / name, **refined, **more) for name, more in (("alone", {}), ("both", RECOVERED)))
-    assert after["refine"]["nats_per_token"][0] < 0.9 * alone["refine"]["nats_per_token"][0]  # on the same windows
-    different = changed(tensors(tmp_path / "recovered"), tensors(tmp_path / "both"))
+    run(olmoe, tmp_path / "alone", refine=True, refine_steps=4)
+    report = run(olmoe, tmp_path / "both", refine=True, refine_steps=4, **RECOVERED)
+    assert report["recover"] and report["refine"]
+    recovered, both = tensors(tmp_path / "recovered"), tensors(tmp_path / "both")
+    different = changed(recovered, both)  # refinement leaves signs as they were: as recovery made them
     assert different and different <= CONTINUOUS
+    assert "signs" in changed(tensors(tmp_path / "alone"), both)
 
 
 def test_minutes_end_it_before_its_steps_do(olmoe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

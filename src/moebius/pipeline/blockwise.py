@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from moebius.calibrate.grouped import Assignment, grouped_linear
-from moebius.calibrate.layerwise import LayerRunner, calibrating, in_float32, replaced_forwards
+from moebius.calibrate.layerwise import LayerRunner, calibrating, computing_device, in_float32, replaced_forwards
 from moebius.calibrate.observe import Product, observed_forward
 from moebius.calibrate.states import HiddenStates, hidden_states
+from moebius.calibrate.stream import Resident
 from moebius.errors import CalibrationError
 from moebius.pipeline.student import Forward, Order, Pair, Student, Training, product_dtype
 from moebius.progress import Progress
@@ -69,6 +71,7 @@ def recover(
     seed: int,
     work: Path | None,
     progress: Progress,
+    resident: Resident = lambda index: nullcontext(),
 ) -> Iterator[Recovered]:
     """Train the MoE layers that are not finished, first to last.
 
@@ -82,6 +85,7 @@ def recover(
         seed: of the order of the windows.
         work: folder in which hidden states are kept; None keeps them in memory.
         progress: told about every layer.
+        resident: entered around the work on a decoder layer, with its index.
 
     Raises:
         CalibrationError: the error of a layer is not finite.
@@ -89,14 +93,14 @@ def recover(
     by_decoder: dict[int, list[MoeLayer]] = {}
     for layer in moe.moe_layers:
         by_decoder.setdefault(layer.decoder_layer, []).append(layer)
-    batches = windows.to(moe.model.device).split(_BATCH)
+    batches = windows.to(computing_device(moe)).split(_BATCH)
     progress.stage("recovery", max(by_decoder) + 1)
     with calibrating(moe), hidden_states(work) as states:
         walk = _Walk(moe, batches, states)
         walk.embed()
         for index in range(max(by_decoder) + 1):
             layers = by_decoder.get(index, [])
-            with in_float32(moe.decoder[index]):
+            with resident(index), in_float32(moe.decoder[index]):
                 walk.original(index)
                 pairs = {layer.name: finished[layer.name] for layer in layers if layer.name in finished}
                 if len(pairs) < len(layers):
@@ -159,13 +163,14 @@ def _train_block(
 ) -> tuple[float, float]:
     """Train the experts of a decoder layer, and put what they became into ``pairs``; the errors before and after."""
     begin = time.perf_counter()
-    dtype = product_dtype(walk.moe.model.device)
+    device = walk.batches[0].device
+    dtype = product_dtype(device)
     known = {layer.name: packed(layer.name) for layer in layers}
     students = []
     for layer in layers:
         weights = layer.layout.weights(layer.name, layer.experts) if signs else None
         students.append(Student(layer, known[layer.name][0], weights=weights, dtype=dtype))
-    root = _root(next((metric for _, metric in known.values() if metric is not None), None), walk.moe.model.device)
+    root = _root(next((metric for _, metric in known.values() if metric is not None), None), device)
     held_out = max(1, len(walk.batches) // _HELD_OUT) if len(walk.batches) > 1 else 0
     trained = len(walk.batches) - held_out
     block = _Block(walk, index, root, {s.layer.experts: s.forward for s in students})

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from moebius.calibrate.layerwise import LayerRunner, calibrating, in_float32, replaced_forwards
+from moebius.calibrate.layerwise import LayerRunner, calibrating, computing_device, in_float32, replaced_forwards
+from moebius.calibrate.stream import Resident
 from moebius.errors import CalibrationError
 from moebius.formats.projection import PackedProjection
 from moebius.pipeline.student import Order, Student, Training, product_dtype
@@ -26,12 +28,21 @@ PackedLayers = Mapping[str, Mapping[str, PackedProjection]]
 
 
 def refine(
-    moe: MoeModel, layers: PackedLayers, windows: Tensor, *, steps: int, seed: int, progress: Progress
+    moe: MoeModel,
+    layers: PackedLayers,
+    windows: Tensor,
+    *,
+    steps: int,
+    seed: int,
+    progress: Progress,
+    resident: Resident = lambda index: nullcontext(),
+    rest: Resident = lambda index: nullcontext(),
 ) -> tuple[dict[str, dict[str, PackedProjection]], list[float]]:
     """Train the scales and bases of packed experts for some steps of Adam.
 
-    In memory beside the model: 4 bytes for every expert weight that has planes, three times that for what is trained, the last
-    hidden states of the original for all windows, and the activations of all layers for four windows.
+    In memory beside all of the model but its expert matrices, in float32: 4 bytes for every expert weight that has planes,
+    three times that for what is trained, the last hidden states of the original for all windows, and the activations of all
+    layers for four windows.
 
     Args:
         moe: the original; as before afterwards.
@@ -40,6 +51,8 @@ def refine(
         steps: of four windows each.
         seed: of the order of the windows.
         progress: told about every step.
+        resident: entered around the work on a decoder layer of the original, with its index.
+        rest: entered for as long as the layers are trained, with the index of each; their expert matrices are not used then.
 
     Returns:
         The layers, packed again in as many bytes, and the loss before each step, in nats per token.
@@ -47,24 +60,26 @@ def refine(
     Raises:
         CalibrationError: the loss is not finite.
     """
-    dtype = product_dtype(moe.model.device)
-    students = [Student(layer, layers[layer.name], dtype=dtype) for layer in moe.moe_layers]
-    with calibrating(moe):
-        wanted = _last_states(moe, windows)
+    windows = windows.to(computing_device(moe))
+    students = [Student(layer, layers[layer.name], dtype=product_dtype(windows.device)) for layer in moe.moe_layers]
+    with calibrating(moe), ExitStack() as stack:
+        wanted = _last_states(moe, windows, resident)
         experts = nn.ModuleList(layer.experts for layer in moe.moe_layers)
         forwards = {student.layer.experts: student.forward for student in students}
+        for index in range(len(moe.decoder)):
+            stack.enter_context(rest(index))
         with in_float32(moe.decoder, without=experts), replaced_forwards(forwards):
             losses = _train(moe, students, windows, wanted, steps, seed, progress)
     return {student.layer.name: student.packed() for student in students}, losses
 
 
 @torch.no_grad()
-def _last_states(moe: MoeModel, windows: Tensor) -> Tensor:
+def _last_states(moe: MoeModel, windows: Tensor, resident: Resident) -> Tensor:
     """What the original's last decoder layer puts out, one layer in float32 at a time. (windows, length, hidden)"""
     runner, batches = LayerRunner(moe), windows.split(_BATCH)
     states = [runner.embed(ids) for ids in batches]
     for index, decoder_layer in enumerate(moe.decoder):
-        with in_float32(decoder_layer):
+        with resident(index), in_float32(decoder_layer):
             states = [runner.layer(index, ids, state) for ids, state in zip(batches, states, strict=True)]
     return torch.cat([state.hidden for state in states])
 
@@ -88,7 +103,7 @@ def _train(
     for step in range(steps):
         picked = order.pick()
         training.begin()
-        with torch.autocast(moe.model.device.type, low, enabled=low != torch.float32):
+        with torch.autocast(windows.device.type, low, enabled=low != torch.float32):
             losses.append(_backward(moe, runner, windows[picked], wanted[picked]))
         if not math.isfinite(losses[-1]):
             raise CalibrationError(f"refine: got a divergence of {losses[-1]} at step {step + 1}, wanted a finite number")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 import math
 import time
 from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,31 +17,36 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from moebius.calibrate.self_sampling import balanced_windows
 from moebius.calibrate.states import STATES_IN_MEMORY, states_bytes
 from moebius.calibrate.stream import stream_statistics
-from moebius.calibrate.tokens import calibration_windows, windows_digest
-from moebius.checkpoint.manifest import FORMAT_VERSION
+from moebius.calibrate.tokens import begins_with, calibration_windows, windows_digest
+from moebius.checkpoint.manifest import FORMAT_VERSION, REPORT_NAME
 from moebius.checkpoint.names import expert_tensor_names, tied_copies
 from moebius.checkpoint.reader import SourceCheckpoint
 from moebius.checkpoint.writer import CheckpointWriter
 from moebius.errors import CheckpointError, UnsupportedModelError, first_line
 from moebius.formats import Packed, PackedProjection
-from moebius.memory import PeakMemory, require_memory
+from moebius.memory import PeakMemory
 from moebius.methods import METHODS
 from moebius.methods.base import Method
 from moebius.methods.linear import packed_linears, quantize_linear
 from moebius.methods.router import quantize_router
 from moebius.models.layout import read_weights
 from moebius.models.limits import check_tokens, tell_of_positions
-from moebius.models.load import check_coverage, load_moe_model, skeleton
+from moebius.models.load import check_coverage
 from moebius.pipeline.blockwise import Budget, recover
 from moebius.pipeline.refine import refine
+from moebius.pipeline.source import StreamedModel, open_model
 from moebius.pipeline.student import Pair
 from moebius.progress import Progress, Silent
 from moebius.recipe import CalibrationSettings, Recipe
 from moebius.types import PROJECTIONS, CalibrationNeeds, ExpertWeights, LayerStats, MoeLayer, MoeModel
 
-REPORT_NAME = "moebius_report.json"
+#: Layers that a line names; the report has all.
+_NAMED = 8
+
+_log = logging.getLogger("moebius")
 
 
 def quantize_model(
@@ -62,11 +70,11 @@ def quantize_model(
         out: folder to create; may exist if it is empty.
         recipe: what to do.
         calibration: which tokens to look at, for methods that need any.
-        device: where the linear algebra of each layer runs.
+        device: where each layer is run and quantized.
         progress: told about stages and steps.
 
     Returns:
-        The report that is also written to ``out`` (layers with their tokens per expert, bits and experts that leaned on
+        The report that is also written to ``out`` (layers with their tokens per expert, bits and experts that shrank towards
         their layer), with ``seconds`` by stage and ``peak_memory_bytes`` added, which are not written.
 
     Raises:
@@ -76,12 +84,14 @@ def quantize_model(
     clock, memory = _Clock(), PeakMemory()
     with CheckpointWriter(out) as writer:
         checkpoint = SourceCheckpoint.open(source)
-        windows = _checked_early(checkpoint, recipe, calibration, device, writer)
-        moe = load_moe_model(checkpoint.folder, **_stored_dtype(checkpoint))
-        job = _Job(moe, recipe, device)
-        check_coverage(moe, job.expert_parameters())  # now, and not after hours; the same for a checkpoint of another model
+        job = _Job(open_model(checkpoint, device), recipe)
+        moe = job.moe
+        windows = _checked_early(job, calibration, writer)
         copied = set(checkpoint.names()) - expert_tensor_names(checkpoint, moe.model, job.packed_paths())
         checkpoint.check_finite(checkpoint.names(), progress, infinite=copied)
+        if job.needs.self_sampled:
+            windows = _self_sampled(moe, checkpoint.folder, calibration, progress)
+            calibration = dataclasses.replace(calibration, text="self-sampled", split="train")
         settings: dict[str, Any] = {"recipe": recipe.to_dict()}
         if windows is not None:
             settings["calibration"] = {**calibration.to_dict(), "digest": windows_digest(windows)}
@@ -103,6 +113,7 @@ def quantize_model(
         writer.finish(checkpoint, config, {REPORT_NAME: json.dumps(report, indent=1) + "\n"})
     clock.lap("write")
     progress.finish()
+    _tell_of_zeros(report["layers"])
     return {**report, "seconds": clock.laps, "peak_memory_bytes": memory.bytes()}
 
 
@@ -134,38 +145,41 @@ def _pack(
     return found
 
 
-def _checked_early(
-    checkpoint: SourceCheckpoint, recipe: Recipe, calibration: CalibrationSettings, device: str, writer: CheckpointWriter
-) -> Tensor | None:
+def check_recipe(source: str | Path, recipe: Recipe, calibration: CalibrationSettings, device: str = "cpu") -> None:
+    """Refuse what :func:`quantize_model` would refuse of this model and recipe, from headers, config and tokenizer alone.
+
+    Raises:
+        MoebiusError: a model, recipe, budget, tokenizer or text that no run can use.
+    """
+    checkpoint = SourceCheckpoint.open(source)
+    job = _Job(open_model(checkpoint, device), recipe)
+    job.planned_total()
+    _drawn(checkpoint.folder, calibration, job)
+
+
+def _drawn(folder: Path, calibration: CalibrationSettings, job: _Job) -> Tensor | None:
+    """The calibration windows, if there are to be any and the model does not write them."""
+    if job.needs.self_sampled:
+        begins_with(_tokenizer(folder), calibration.bos)
+        return None
+    return _windows(folder, calibration, job.moe) if job.needs.anything or job.method.survey is not None else None
+
+
+def _checked_early(job: _Job, calibration: CalibrationSettings, writer: CheckpointWriter) -> Tensor | None:
     """What can be known before the weights are read, cheapest first; the calibration windows, if there are to be any.
 
     Raises:
         MoebiusError: a model, tokenizer, text, budget or disk that the run would fail on later.
     """
-    moe = skeleton(checkpoint.folder)
-    job = _Job(moe, recipe, device)
-    check_coverage(moe, job.expert_parameters())
+    moe, checkpoint = job.moe, job.source.checkpoint
     replaced = expert_tensor_names(checkpoint, moe.model, job.expert_parameters())
-    bits = 0
-    for layer in moe.moe_layers:
-        layout = layer.layout
-        shapes = (layout.inner * (2 if layout.has_gate else 1), layout.hidden), (layout.hidden, layout.inner)
-        for projection, shape in zip(PROJECTIONS, shapes, strict=True):
-            bits += job.planned_bits((layout.experts, *shape), projection)
-    windows = None
-    if job.needs.anything or job.method.survey is not None:
-        windows = _windows(checkpoint.folder, calibration, moe)
+    bits = job.planned_total()
+    windows = _drawn(checkpoint.folder, calibration, job)
+    if windows is not None:
         tell_of_positions(moe.model.config, windows.shape[1])
     rest = sum(tensor.end - tensor.begin for name, tensor in checkpoint.tensors.items() if name not in replaced)
     writer.require_room(rest + bits // 8)
-    require_memory(sum(tensor.end - tensor.begin for tensor in checkpoint.tensors.values()), str(checkpoint.folder))
     return windows
-
-
-def _stored_dtype(checkpoint: SourceCheckpoint) -> dict[str, Any]:
-    """What to load the weights as where the config does not say the dtype they are stored in."""
-    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    return {} if f"torch.{named}" == str(checkpoint.dtype) else {"dtype": checkpoint.dtype}
 
 
 def _machine(device: str) -> dict[str, Any]:
@@ -178,16 +192,39 @@ def _machine(device: str) -> dict[str, Any]:
 class _Job:
     """The units of a run (MoE layers first, then what else was asked for) and how each is packed."""
 
-    def __init__(self, moe: MoeModel, recipe: Recipe, device: str) -> None:
-        self.moe, self.recipe, self.device = moe, recipe, device
+    def __init__(self, source: StreamedModel, recipe: Recipe) -> None:
+        self.source, self.moe, self.recipe = source, source.moe, recipe
         self.method: Method = METHODS[recipe.method]
         self.binary_router = recipe.router == "binary"
         self.needs = self.method.needs(recipe) | CalibrationNeeds(router_moment=self.binary_router)
         self.recovers: bool = dict(recipe.options).get("recover", False)
         self.refines: bool = dict(recipe.options).get("refine", False)
-        self._paths = {layer.name: _parameter_paths(layer) for layer in moe.moe_layers}
+        self._paths = {layer.name: _parameter_paths(layer) for layer in self.moe.moe_layers}
         self._shares: dict[tuple[str, str], dict[str, Any]] = {}
         self._planned: dict[tuple[tuple[int, int, int], str], int] = {}
+
+    def planned_total(self) -> int:
+        """Bits that all experts will take, about.
+
+        Raises:
+            MoebiusError: experts that are not all there, a budget that cannot be met, or a router that was not found.
+        """
+        check_coverage(self.moe, self.expert_parameters())
+        if self.binary_router:
+            for layer in self.moe.moe_layers:
+                self._require_router(layer)
+        bits = 0
+        for layer in self.moe.moe_layers:
+            layout = layer.layout
+            shapes = (layout.inner * (2 if layout.has_gate else 1), layout.hidden), (layout.hidden, layout.inner)
+            for projection, shape in zip(PROJECTIONS, shapes, strict=True):
+                bits += self.planned_bits((layout.experts, *shape), projection)
+        return bits
+
+    def _require_router(self, layer: MoeLayer) -> str:
+        if layer.router_name is None:
+            raise UnsupportedModelError(f"{layer.name}: no router was found to binarize; leave out router=binary")
+        return layer.router_name
 
     def planned_bits(self, shape: tuple[int, int, int], projection: str) -> int:
         """Bits that a projection of this shape (experts, out, in) will take, about; refused where the recipe cannot be met."""
@@ -196,19 +233,21 @@ class _Job:
         return self._planned[shape, projection]
 
     def survey(self, windows: Tensor, writer: CheckpointWriter, progress: Progress) -> None:
-        """Look at every layer once, and divide what there is to give. What was seen is kept with the unfinished checkpoint."""
+        """Survey every layer, and allocate the budget. What was seen is kept with the unfinished checkpoint."""
         survey = self.method.survey
         assert survey is not None
         layers = {layer.name: layer for layer in self.moe.moe_layers}
         seen = [name for name in layers if all(writer.kept(f"{name}.{projection}") is not None for projection in PROJECTIONS)]
         needs = survey.needs(self.recipe)
         work = self._work(windows, needs.gradients, writer.work.scratch)
-        for stats in stream_statistics(self.moe, windows, needs, skip=seen, work=work, progress=progress):
+        for stats in stream_statistics(
+            self.moe, windows, needs, skip=seen, work=work, resident=self.source.weights.layer, progress=progress
+        ):
             layer = layers[stats.name]
             weights = read_weights(layer.name, layer.experts)
             for projection in PROJECTIONS:
                 weight, of_projection = weights.projection(projection), stats.projection(projection)
-                found = survey.survey(weight.to(self.device), of_projection.to(self.device), self.recipe, projection)
+                found = survey.survey(weight, of_projection, self.recipe, projection)
                 writer.keep(f"{layer.name}.{projection}", {name: tensor.cpu() for name, tensor in found.items()})
             del stats, of_projection  # one layer's statistics in memory, not two
         places = [(name, projection) for name in layers for projection in PROJECTIONS]
@@ -227,20 +266,28 @@ class _Job:
             progress.stage("quantizing", len(layers))
             for layer in self.moe.moe_layers:
                 if layer.name not in finished:
-                    yield layer.name, *self._pack_layer(layer, None)
+                    with self.source.weights.layer(layer.decoder_layer):
+                        yield layer.name, *self._pack_layer(layer, None)
                 progress.advance(layer.name)
         else:
             left = self._left_factors if self.needs.glas_groups else None
             work = self._work(windows, self.needs.gradients, scratch)
             for stats in stream_statistics(
-                self.moe, windows, self.needs, left_factors=left, skip=finished, work=work, progress=progress
+                self.moe,
+                windows,
+                self.needs,
+                left_factors=left,
+                skip=finished,
+                work=work,
+                resident=self.source.weights.layer,
+                progress=progress,
             ):
                 name, (packed_layer, entry) = stats.name, self._pack_layer(layers[stats.name], stats)
                 del stats  # one layer's statistics in memory, not two
                 yield name, packed_layer, entry
         for name, bits in packed_linears(self.moe, self.recipe).items():
             if name not in finished:
-                weight = self.moe.model.get_parameter(f"{name}.weight").detach().to(self.device)
+                weight = self.source.weights.load(f"{name}.weight")
                 packed = quantize_linear(weight, bits)
                 yield name, {name: packed}, {"name": name, "bits": packed.stored_bits() / weight.numel()}
 
@@ -268,6 +315,7 @@ class _Job:
             signs=self.recipe.recover_signs,
             seed=seed,
             work=self._work(windows, False, writer.work.scratch),
+            resident=self.source.weights.layer,
             progress=progress,
         ):
             modules, entry = packed[layer.name]
@@ -284,7 +332,16 @@ class _Job:
         """
         kept = writer.kept_layers(stage)
         layers = {name: self._pair(name, kept[name][0]) for name in self._paths}
-        refined, losses = refine(self.moe, layers, windows, steps=self.recipe.refine_steps, seed=seed, progress=progress)
+        refined, losses = refine(
+            self.moe,
+            layers,
+            windows,
+            steps=self.recipe.refine_steps,
+            seed=seed,
+            progress=progress,
+            resident=self.source.weights.layer,
+            rest=partial(self.source.weights.layer, without=self.expert_parameters()),
+        )
         again = {name: {self._paths[name][p]: found for p, found in pair.items()} for name, pair in refined.items()}
         self.write_kept(writer, stage, again)
         tenths = torch.tensor(losses, dtype=torch.float64).chunk(10)
@@ -331,16 +388,17 @@ class _Job:
         paths = self._paths[layer.name]
         packed: dict[str, PackedProjection | Packed] = {}
         for projection in PROJECTIONS:
-            weight = weights.projection(projection).to(self.device)
-            seen = None if stats is None else stats.projection(projection).to(self.device)
+            weight, seen = weights.projection(projection), None if stats is None else stats.projection(projection)
             share = self._shares.get((layer.name, projection), {})
             packed[paths[projection]] = self.method.quantize(weight, seen, self.recipe, projection, **share)
         entry = _layer_entry(weights, stats, sum(p.stored_bits() for p in packed.values()))
+        if zero := [p for p in PROJECTIONS if packed[paths[p]].is_zero()]:
+            entry["zero"] = zero
         if self.binary_router:
-            if layer.router_name is None or stats is None or stats.router_moment is None:
-                raise UnsupportedModelError(f"{layer.name}: no router was found to binarize; leave out router=binary")
-            router = self.moe.model.get_parameter(f"{layer.router_name}.weight").detach().to(self.device)
-            packed[layer.router_name] = quantize_router(router, stats.router_moment.to(self.device), self.recipe)
+            name = self._require_router(layer)
+            assert stats is not None and stats.router_moment is not None
+            router = self.moe.model.get_parameter(f"{name}.weight").detach()
+            packed[name] = quantize_router(router, stats.router_moment, self.recipe)
         return packed, entry
 
 
@@ -360,17 +418,38 @@ def _layer_entry(weights: ExpertWeights, stats: LayerStats | None, stored_bits: 
     return entry
 
 
+def _tell_of_zeros(entries: list[dict[str, Any]]) -> None:
+    """Name the layers that the budget gave nothing, in one line."""
+    named = [f"{entry['name']} ({' and '.join(entry['zero'])})" for entry in entries if entry.get("zero")]
+    if named:
+        some = ", ".join(named[:_NAMED]) + (f" and {len(named) - _NAMED} more" if len(named) > _NAMED else "")
+        _log.warning("the budget gave nothing to %s: these experts put out zeros; more --bits would change that", some)
+
+
 def _windows(folder: Path, calibration: CalibrationSettings, moe: MoeModel) -> Tensor:
+    windows = calibration_windows(calibration, _tokenizer(folder))
+    check_tokens(moe.model, windows)
+    return windows
+
+
+def _self_sampled(moe: MoeModel, folder: Path, calibration: CalibrationSettings, progress: Progress) -> Tensor:
+    """As many windows as the calibration asks for, written by the model."""
+    if calibration.text != CalibrationSettings.text:
+        _log.warning("calibration text %s: not read, the model writes its own; self_sampling=false reads it", calibration.text)
+    head = begins_with(_tokenizer(folder), calibration.bos)
+    return balanced_windows(
+        moe, calibration.windows, calibration.window_length, head=head, seed=calibration.seed, progress=progress
+    )
+
+
+def _tokenizer(folder: Path) -> Any:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers and tokenizers raise whatever a damaged or newer file does to them
         raise CheckpointError(
             f"{folder}: has no tokenizer that transformers can load ({type(error).__name__}: {first_line(error)}); "
             "calibration needs one"
         ) from error
-    windows = calibration_windows(calibration, tokenizer)
-    check_tokens(moe.model, windows)
-    return windows
 
 
 class _Clock:

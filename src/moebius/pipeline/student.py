@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from moebius import native
 from moebius.calibrate.grouped import Assignment, grouped_linear
 from moebius.calibrate.observe import Product, observed_forward
 from moebius.formats.projection import PackedProjection
-from moebius.kernels.routed_experts import cpu
 from moebius.quantize.trainable import TrainableCodes, TrainableProjection, trainable
 from moebius.types import PROJECTIONS, ExpertWeights, MoeLayer
 
@@ -102,7 +102,7 @@ def _matrices(projection: TrainableProjection | TrainableCodes, levels: Tensor) 
 def product_dtype(device: torch.device) -> torch.dtype:
     """What products are trained in: bf16 where that is several times as fast as float32."""
     if device.type == "cpu":
-        return torch.float32 if cpu.missing() is not None else cpu.product_dtype(torch.bfloat16)
+        return torch.float32 if native.missing() is not None else native.product_dtype(torch.bfloat16)
     return torch.bfloat16
 
 

@@ -94,14 +94,14 @@ def round_symmetrically(weight: Tensor, bits: int, group_size: int) -> IntegerCo
     return IntegerCodes(torch.cat(codes, 2), torch.cat(scales, 2), None, bits, group_size)
 
 
-def round_with_feedback(weight: Tensor, factor: Tensor, bits: int, group_size: int, block_size: int) -> IntegerCodes:
+def round_with_feedback(weight: Tensor, cholesky: Tensor, bits: int, group_size: int, block_size: int) -> IntegerCodes:
     """GPTQ: round column by column, each error pushed into the columns after it.
 
     The levels of a group are set when its first column is reached, from its columns as they are then.
 
     Args:
         weight: (experts, rows, columns) float32.
-        factor: see :func:`moebius.quantize.feedback.columns_with_feedback`.
+        cholesky: see :func:`moebius.quantize.feedback.columns_with_feedback`.
         bits: 1 to 8.
         group_size: columns per group.
         block_size: columns whose errors are gathered before they are pushed further.
@@ -120,8 +120,39 @@ def round_with_feedback(weight: Tensor, factor: Tensor, bits: int, group_size: i
         codes[:, :, column] = code.squeeze(2).to(torch.uint8)
         return ((code - zeros[-1]) * scales[-1]).squeeze(2)
 
-    columns_with_feedback(updated, factor, block_size, quantize)
+    columns_with_feedback(updated, cholesky, block_size, quantize)
     return IntegerCodes(codes, torch.cat(scales, 2), torch.cat(zeros, 2) if bits > 1 else None, bits, group_size)
+
+
+def round_in_order(weight: Tensor, factor: Tensor, order: Tensor, bits: int, group_size: int, block_size: int) -> IntegerCodes:
+    """:func:`round_with_feedback` in an order of its own: GPTQ's activation order with static groups.
+
+    The levels of a group are set from its columns as they came, wherever they stand in the order: codes and scales stay where
+    they are, and the order need not be stored.
+
+    Args:
+        weight: (experts, rows, columns) float32.
+        factor: of the Hessians whose rows and columns are in this order.
+        order: columns of each expert in the order of their rounding. int64 (experts, columns)
+        bits: 1 to 8.
+        group_size: columns per group.
+        block_size: as for :func:`round_with_feedback`.
+    """
+    places = order.unsqueeze(1).expand_as(weight)
+    updated, rows = weight.gather(2, places), weight.shape[1]
+    levels = [torch.cat(parts, 2) for parts in zip(*(_levels(g, bits) for g in weight.split(group_size, 2)), strict=True)]
+    ordered = torch.empty_like(weight, dtype=torch.uint8)
+
+    def quantize(column: int, values: Tensor) -> Tensor:
+        group = (order[:, column] // group_size)[:, None, None].expand(-1, rows, 1)
+        scale, zero = (level.gather(2, group) for level in levels)
+        code = _codes(values.unsqueeze(2), scale, zero, bits)
+        ordered[:, :, column] = code.squeeze(2).to(torch.uint8)
+        return ((code - zero) * scale).squeeze(2)
+
+    columns_with_feedback(updated, factor, block_size, quantize)
+    codes = torch.empty_like(ordered).scatter_(2, places, ordered)
+    return IntegerCodes(codes, levels[0], levels[1] if bits > 1 else None, bits, group_size)
 
 
 def _symmetric(values: Tensor, scale: Tensor, most: int) -> Tensor:
