@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moebius import native
 from moebius.evaluate.roofline import fastest, read_bandwidth
 from moebius.formats import PackedProjection
 from moebius.formats.bits import packed_width
 from moebius.formats.planes import Planes
 from moebius.formats.random_contents import random_projection
 from moebius.formats.signs import Signs
-from moebius.kernels.routed_experts import cpu, prepare
+from moebius.kernels.routed_experts import PackedExperts, cpu, prepare
 from moebius.methods import METHODS
 from moebius.recipe import Recipe
 
@@ -124,19 +125,19 @@ def main() -> None:
     if arguments.kernel:
         os.environ["MOEBIUS_KERNEL"] = arguments.kernel
     if arguments.level:
-        cpu.use_level(arguments.level)
+        native.use_level(arguments.level)
 
     shape, generator = Shape(layers=arguments.layers), torch.Generator().manual_seed(0)
     layers = [random_layer(arguments.method, shape, arguments.bits, generator)]
     layers += [tuple(_again(p, generator) for p in layers[0]) for _ in range(shape.layers - 1)]  # type: ignore[misc]
-    ready = [prepare(*layer, gated) for layer in layers]
+    ready = [prepare(PackedExperts(*layer, gated)) for layer in layers]
     hidden = torch.randn(arguments.tokens, shape.hidden, generator=generator).bfloat16()
 
     def step() -> None:
         states = hidden
         for experts in ready:
             weights, index = torch.rand(arguments.tokens, shape.experts).topk(shape.top_k)
-            states = experts(states, index, weights, gated)
+            states = experts(states, index, weights)
             states = functional.rms_norm(states, (shape.hidden,))
 
     seconds = fastest(step, arguments.repeats)
@@ -148,7 +149,7 @@ def main() -> None:
     result = {
         "method": arguments.method,
         "kernel": arguments.kernel or "fastest",
-        "level": cpu.level() if cpu.levels() else None,
+        "level": native.level() if native.levels() else None,
         "threads": arguments.threads,
         "tokens": arguments.tokens,
         "bits_per_weight": round(8 * stored / weights, 4),

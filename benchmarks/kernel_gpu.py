@@ -36,7 +36,7 @@ from moebius.formats.graded import Graded
 from moebius.formats.integers import Integers
 from moebius.formats.planes import Planes
 from moebius.formats.signs import Signs
-from moebius.kernels.routed_experts import reference
+from moebius.kernels.routed_experts import PackedExperts, reference
 
 TOKENS = [1, 2, 4, 8, 16, 512, 1024]
 METHODS = ["moebius", "mobie"]
@@ -107,22 +107,25 @@ def main() -> None:
 # What is measured
 
 
-def packed(shape: Shape, layers: list[tuple[PackedProjection, ...]], tokens: int, args: argparse.Namespace) -> dict:
+def packed(
+    shape: Shape, layers: list[tuple[PackedProjection, PackedProjection]], tokens: int, args: argparse.Namespace
+) -> dict:
     """The block on packed experts: microseconds, peak memory with one layer's weights, bits, and how far off it is."""
-    from moebius.kernels.routed_experts.triton import routed_experts  # not before main() has chosen a device
+    from moebius.kernels.routed_experts.triton import prepare  # not before main() has chosen a device
 
+    ready = [prepare(PackedExperts(*layer, swiglu)) for layer in layers]
     inputs = [random_tokens(shape, tokens, seed, args.device) for seed in range(len(layers))]
 
     def run() -> None:
-        for layer, given in zip(layers, inputs, strict=True):
-            routed_experts(*given, *layer, swiglu)
+        for experts, given in zip(ready, inputs, strict=True):
+            experts(*given)
 
-    got = routed_experts(*inputs[0], *layers[0], swiglu).float()
-    wanted = reference.routed_experts(inputs[0][0].float(), *inputs[0][1:], *layers[0], swiglu)
+    got = ready[0](*inputs[0]).float()
+    wanted = reference.routed_experts(inputs[0][0].float(), *inputs[0][1:], PackedExperts(*layers[0], swiglu))
     stored = sum(projection.stored_bits() for projection in layers[0])
     return {
         "packed_us": microseconds(run, args) / len(layers),
-        "packed_peak_bytes": peak(lambda: routed_experts(*inputs[0], *layers[0], swiglu), args.device) + stored // 8,
+        "packed_peak_bytes": peak(lambda: ready[0](*inputs[0]), args.device) + stored // 8,
         "bits": stored / shape.weights,
         "error": float((got - wanted).norm() / wanted.norm()),
     }

@@ -15,8 +15,9 @@ from kernel import fastest, read_bandwidth
 from torch import Tensor
 from torch.nn import functional
 
+from moebius import native
 from moebius.formats.integers import Integers
-from moebius.kernels.packed_linear import cpu, prepare
+from moebius.kernels.packed_linear import prepare
 
 SHAPES = {"attention": (2048, 2048, 48), "head": (50304, 2048, 2)}  # out, in, how many
 
@@ -67,7 +68,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.set_grad_enabled(False)
     if arguments.level:
-        cpu.use_level(arguments.level)
+        native.use_level(arguments.level)
     rng, plain = torch.Generator().manual_seed(0), read_bandwidth(arguments.threads)
     rows = []
     for name, (out, inputs, count) in SHAPES.items():
@@ -89,11 +90,11 @@ def main() -> None:
             speed = size / took
             rows.append({"layer": name, "kind": kind, "us": round(1e6 * took, 1), "GB_s": round(speed / 1e9, 1)})
             rows[-1]["of_plain_read"] = round(speed / plain, 3)
-    result = {"plain_read_GB_s": round(plain / 1e9, 1), "threads": arguments.threads, "level": cpu.level(), "rows": rows}
+    result = {"plain_read_GB_s": round(plain / 1e9, 1), "threads": arguments.threads, "level": native.level(), "rows": rows}
     if arguments.json:
         print(json.dumps(result))
         return
-    print(f"plain read {result['plain_read_GB_s']} GB/s, {arguments.threads} threads, {cpu.level()}, rows: {arguments.rows}")
+    print(f"plain read {result['plain_read_GB_s']} GB/s, {arguments.threads} threads, {native.level()}, rows: {arguments.rows}")
     for row in rows:
         print(f"{row['layer']:10} {row['kind']:16} {row['us']:8} us {row['GB_s']:6} GB/s {row['of_plain_read']:6.0%}")
 

@@ -6,7 +6,8 @@ Every state's level becomes the mean of the samples that chose it, until 40 roun
 from __future__ import annotations
 
 import torch
-from moebius.quantize._trellis import search
+
+from moebius import native
 
 _STATES, _ROUNDS = 256, 40
 
@@ -18,7 +19,7 @@ def _trained(rate: int) -> tuple[torch.Tensor, float]:
     for _ in range(_ROUNDS):
         samples = torch.randn(96, 2048, generator=generator)
         codes = torch.empty(samples.shape, dtype=torch.uint8)
-        search(samples.numpy(), torch.ones_like(samples).numpy(), levels.numpy(), rate, codes.numpy())
+        native.extension().search_trellis(samples, torch.ones_like(samples), levels, rate, codes)
         states = torch.zeros(codes.shape, dtype=torch.int64)
         for back in range(-(-8 // rate)):
             states |= codes.long().roll(back, 1) << (rate * back)

@@ -1,21 +1,22 @@
 """Runs at every start of Python, from the path file beside it: packed checkpoints open without ``import moebius``.
 
 Only the standard library, and of that only what is imported by now: it puts one object on the list of module finders, and the
-package itself is imported when transformers imports the table of its quantizers. ``MOEBIUS_REGISTER=0`` turns it off.
+package itself is imported when transformers imports its configs or the table of its quantizers, whichever comes first.
+``MOEBIUS_REGISTER=0`` turns it off.
 """
 
 import os
 import sys
 
-_TABLES = "transformers.quantizers.auto"
+_AWAITED = ("transformers.models.auto.configuration_auto", "transformers.quantizers.auto")
 
 
 class RegisterWhenImported:
-    """Finds nothing itself: it lets Moebius register before transformers' table of quantizers is looked for."""
+    """Finds nothing itself: it lets Moebius register before the first of these modules is looked for."""
 
     @staticmethod
     def find_spec(name, path=None, target=None):
-        if name != _TABLES:
+        if name not in _AWAITED:
             return None
         sys.meta_path.remove(RegisterWhenImported)
         try:

@@ -82,4 +82,6 @@ def want_of_memory(error: BaseException | None) -> bool:
 
 def first_line(error: BaseException, most: int = 300) -> str:
     """What an error of another library says, in one line; its class where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:most]
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    said = f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+    return said[:most]

@@ -7,10 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from moebius.errors import CheckpointError
+from moebius.errors import CheckpointError, first_line
 
+#: The JSON file that every packed checkpoint has, see :mod:`moebius.checkpoint.manifest`.
+MANIFEST_NAME = "moebius_manifest.json"
 #: Larger files are no configuration: an index of a million tensors takes 200 MB.
 MOST_BYTES = 1 << 29
+
+#: No model has more layers; transformers builds every one of them before it looks at any weight.
+MOST_LAYERS = 10_000
 
 Kind = TypeVar("Kind")
 _WORDS = {dict: "an object", list: "a list", str: "a text", int: "a whole number"}
@@ -34,6 +39,20 @@ def read_object(path: Path) -> dict[str, Any]:
     return parse_object(content, str(path))
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """The ``config.json`` of a model, whose counts of layers are such that the model can be built.
+
+    Raises:
+        CheckpointError: as :func:`read_object`, or more layers than any model has.
+    """
+    config = read_object(path)
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    for name, value in ((name, value) for part in parts for name, value in part.items() if "layer" in name.lower()):
+        if isinstance(value, int) and value > MOST_LAYERS:
+            raise CheckpointError(f"{path}: {name} is {str(value)[:40]}, wanted {MOST_LAYERS} at most; fetch it again")
+    return config
+
+
 def parse_object(content: bytes, where: str) -> dict[str, Any]:
     """:func:`read_object` of bytes that were read from somewhere.
 
@@ -51,7 +70,7 @@ def parse_object(content: bytes, where: str) -> dict[str, Any]:
     except RecursionError:
         raise CheckpointError(f"{where}: cannot be read: nested too deeply; fetch it again") from None
     except ValueError as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise CheckpointError(f"{where}: cannot be read: not a JSON object ({reason}); fetch it again") from None
     if not isinstance(parsed, dict):
         raise CheckpointError(f"{where}: not a JSON object; fetch it again")

@@ -26,3 +26,19 @@ class Silent:
     def advance(self, detail: str = "") -> None: ...
 
     def finish(self) -> None: ...
+
+
+class Titled:
+    """Puts a title before the name of every stage, and passes it on."""
+
+    def __init__(self, progress: Progress, title: str) -> None:
+        self._progress, self._title = progress, title
+
+    def stage(self, name: str, total: int) -> None:
+        self._progress.stage(f"{self._title}: {name}", total)
+
+    def advance(self, detail: str = "") -> None:
+        self._progress.advance(detail)
+
+    def finish(self) -> None:
+        self._progress.finish()

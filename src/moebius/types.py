@@ -63,7 +63,7 @@ class CalibrationNeeds:
 
     @property
     def gradients(self) -> bool:
-        """Whether the backward pass has to run; ``γ`` and ``φ`` are gathered where it does."""
+        """Whether the backward pass has to run; ``γ`` is gathered where it does."""
         return self.loss_weighted or self.glas_groups > 0 or self.output_fisher
 
     def __or__(self, other: CalibrationNeeds) -> CalibrationNeeds:
@@ -94,7 +94,6 @@ class ProjectionStats:
             was asked for.
         fisher_diagonal: ``γ = Σ δ²``. (experts, out), or None.
         output_fisher: ``G = Σ δ δᵀ`` over all experts, only at ``down``. (out, out), or None.
-        sensitivity: ``φ``, the mean of ``δ²`` over routed tokens and output channels of the layer; 0.0 without gradient.
     """
 
     tokens: Tensor
@@ -103,7 +102,6 @@ class ProjectionStats:
     weighted_moment: Tensor | None = None
     fisher_diagonal: Tensor | None = None
     output_fisher: Tensor | None = None
-    sensitivity: float = 0.0
 
     def to(self, device: torch.device | str) -> ProjectionStats:
         """The same statistics on another device."""

@@ -126,7 +126,6 @@ def test_statistics_equal_brute_force(name: str) -> None:
             fisher = [sum((d.square() for _, d in own), torch.zeros(outputs)) for own in of_expert]
             assert_same(got.fisher_diagonal, torch.stack(fisher))
             deltas = torch.stack([gradient(y) for _, _, y in rows])
-            assert got.sensitivity == pytest.approx(deltas.square().mean().item(), rel=1e-4)
             if projection == "down":
                 assert_same(got.output_fisher, deltas.T @ deltas)
             else:
@@ -190,7 +189,6 @@ def test_left_factor_turns_the_gradient() -> None:
             fisher[expert] += turned_gradient.square()
         assert_same(stats.down.weighted_moment, weighted)
         assert_same(stats.down.fisher_diagonal, fisher)
-        assert stats.down.sensitivity == plain[layer_name].down.sensitivity
         assert torch.equal(stats.down.output_fisher, plain[layer_name].down.output_fisher)  # type: ignore[arg-type]
         assert torch.equal(stats.gate_up.weighted_moment, plain[layer_name].gate_up.weighted_moment)  # type: ignore[arg-type]
 
@@ -201,7 +199,6 @@ def assert_equal_statistics(got: dict[str, LayerStats], wanted: dict[str, LayerS
         for projection in PROJECTIONS:
             ours, theirs = got[name].projection(projection), wanted[name].projection(projection)
             assert torch.equal(ours.tokens, theirs.tokens)
-            assert ours.sensitivity == pytest.approx(theirs.sensitivity, rel=1e-4)
             for field in ("mean", "second_moment", "weighted_moment", "fisher_diagonal"):
                 assert_same(getattr(ours, field), getattr(theirs, field))
 
@@ -230,7 +227,7 @@ def test_every_architecture_runs_and_is_left_as_it_was(name: str) -> None:
             for moment in (own.second_moment, own.weighted_moment.squeeze(1)):
                 assert torch.isfinite(moment).all()
                 assert_same(moment, moment.mT)
-            assert own.sensitivity > 0
+            assert own.fisher_diagonal is not None and own.fisher_diagonal.sum() > 0
     assert [module.training for module in model.modules()] == modes
     assert {n for n, p in model.named_parameters() if p.requires_grad} == trained
     assert all(p.grad is None for p in model.parameters())
@@ -289,7 +286,6 @@ def test_inputs_alone_need_no_backward_pass() -> None:
         for projection in PROJECTIONS:
             own = stats.projection(projection)
             assert own.weighted_moment is own.fisher_diagonal is None
-            assert own.sensitivity == 0.0
             assert torch.equal(own.tokens, wanted[name].projection(projection).tokens)
             assert_same(own.second_moment, wanted[name].projection(projection).second_moment)
 

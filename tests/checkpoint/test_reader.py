@@ -95,7 +95,7 @@ def test_fingerprint_sees_every_byte(olmoe: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("source", ["./nowhere", "/nowhere/at/all", "a/b/c", Path("owner/model")])
 def test_nothing_there(source: str | Path) -> None:
-    with pytest.raises(ModelNotFoundError, match="no such folder"):
+    with pytest.raises(ModelNotFoundError, match="no such file or folder"):
         SourceCheckpoint.open(source)
 
 

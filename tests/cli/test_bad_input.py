@@ -45,7 +45,7 @@ def workplace(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """Anything that reads models fails: what is refused here is refused before a model is loaded."""
-    for name in ("moebius.pipeline", "moebius.models.load", "moebius.cli.loading", "moebius.cli.comparison_run"):
+    for name in ("moebius.pipeline", "moebius.models.load", "moebius.hf.loading", "moebius.compare.run"):
         monkeypatch.setitem(sys.modules, name, None)
 
 
@@ -258,7 +258,7 @@ def test_an_unexpected_error_is_one_line_with_its_place(model: Path, monkeypatch
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("division\nby zero")
 
-    monkeypatch.setattr("moebius.cli.info.model_or_reference", broken)
+    monkeypatch.setattr("moebius.cli.info.path_or_hub_name", broken)
     line = refused("info", model, exit_code=1)
     assert line.startswith("error: ZeroDivisionError at moebius/cli/info.py:")
     assert "division by zero; set MOEBIUS_DEBUG=1" in line
@@ -271,7 +271,7 @@ def test_debug_keeps_the_traceback(
     def broken(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("moebius.cli.info.model_or_reference", broken)
+    monkeypatch.setattr("moebius.cli.info.path_or_hub_name", broken)
     result = CliRunner().invoke(app, [*flags, "info", str(model)], env=variables)
     assert isinstance(result.exception, ZeroDivisionError)
 
@@ -283,7 +283,7 @@ def test_every_known_cause_is_an_error_of_moebius_with_its_exit_code(model: Path
     def broken(*_: object) -> None:
         raise OwnCodeError("where: got, wanted")
 
-    monkeypatch.setattr("moebius.cli.info.model_or_reference", broken)
+    monkeypatch.setattr("moebius.cli.info.path_or_hub_name", broken)
     assert refused("info", model, exit_code=7) == "error: where: got, wanted\n"
     assert CheckpointError.exit_code == 2
 
@@ -292,5 +292,5 @@ def test_ctrl_c_in_a_command_that_keeps_nothing(model: Path, monkeypatch: pytest
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("moebius.cli.info.model_or_reference", interrupted)
+    monkeypatch.setattr("moebius.cli.info.path_or_hub_name", interrupted)
     assert refused("info", model, exit_code=130) == "error: interrupted\n"

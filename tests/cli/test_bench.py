@@ -13,10 +13,11 @@ from tests.tiny import save_tiny, tiny_config
 from transformers import PretrainedConfig
 from typer.testing import CliRunner
 
-from moebius.cli import bench_run
+from moebius.bench import run as bench_run
+from moebius.bench.measure import Conditions
+from moebius.bench.run import Bench, bench_shape, scaled_seconds
 from moebius.cli.app import app
 from moebius.cli.bench import speed_table
-from moebius.cli.bench_run import Bench, Conditions, bench_shape, scaled_seconds
 from moebius.errors import CheckpointError, OutputError, RecipeError, ResourceError
 from moebius.evaluate.random_checkpoint import write_random_checkpoint
 from moebius.evaluate.shapes import SHAPES

@@ -11,8 +11,8 @@ from tests.tiny import byte_tokenizer, save_tiny
 from typer.testing import CliRunner
 
 from moebius.cli.app import app
-from moebius.cli.chat import Conversation
-from moebius.evaluate.samples import Shown
+from moebius.generation import complete
+from moebius.generation.chat import Conversation
 from moebius.runtime.generation import Session
 
 TEMPLATE = (
@@ -76,15 +76,16 @@ def test_answers_go_to_stdout_and_all_else_to_stderr(talker: Path) -> None:
 
 
 def test_an_answer_that_was_cut_short_is_remembered_as_far_as_it_went(talker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    finalized, pieces = Shown.on_finalized_text, []
+    streamer = complete._Pieces
+    finalized, pieces = streamer.on_finalized_text, []
 
-    def interrupt(self: Shown, text: str, stream_end: bool = False) -> None:
+    def interrupt(self: complete._Pieces, text: str, stream_end: bool = False) -> None:
         finalized(self, text, stream_end)
         pieces.append(text)
         if len(pieces) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Shown, "on_finalized_text", interrupt)
+    monkeypatch.setattr(streamer, "on_finalized_text", interrupt)
     _, second = prompts_of(talker, "one\ntwo\n", monkeypatch)
     assert second == f"<user>one</><assistant>{''.join(pieces[:3])}</><user>two</><assistant>"
 

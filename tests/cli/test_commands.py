@@ -13,8 +13,9 @@ from tests.tiny import save_tiny
 from typer.testing import CliRunner, Result
 
 from moebius.checkpoint.shards import read_folder
-from moebius.cli import compare, comparison_run
 from moebius.cli.app import app
+from moebius.compare import presets
+from moebius.compare import run as comparison_run
 
 
 def run(*arguments: str | Path) -> Result:
@@ -259,7 +260,7 @@ def test_moebius_is_set_beside_every_method(
 ) -> None:
     """At just below what each stores, once where two store the same; a run that was stopped goes on with the same rows."""
     others = ["rtn@2", "rtn@2 gain=true", "gptq@3", "rtn@8"]
-    monkeypatch.setitem(compare.PRESETS, "methods", [(text, text) for text in others])
+    monkeypatch.setitem(presets.PRESETS, "methods", [(text, text) for text in others])
     real = comparison_run.quantize_model
 
     def stopped(source: str, out: Path, *arguments: Any, **options: Any) -> Any:

@@ -7,18 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from moebius.cli.compare import PRESETS, chosen_recipes
-from moebius.cli.options import (
-    calibration_from,
-    candidate_from_text,
-    model_or_reference,
-    parse_settings,
-    recipe_from_text,
-    require_device,
-    require_free,
-)
+from moebius.checks import require_device, require_free
+from moebius.compare.presets import PRESETS, chosen_recipes
 from moebius.errors import CalibrationError, ModelNotFoundError, OutputError, RecipeError, UnknownNameError
 from moebius.recipe import CalibrationSettings, Recipe
+from moebius.recipe_text import calibration_from, candidate_from_text, parse_settings, recipe_from_text
+from moebius.source import path_or_hub_name
 
 SEEN = CalibrationSettings()
 
@@ -89,8 +83,8 @@ def test_output_folder(tmp_path: Path) -> None:
 def test_paths_that_are_not_there(tmp_path: Path) -> None:
     for name in (str(tmp_path / "none"), "./none", "~/none/at/all", "a/b/c"):
         with pytest.raises(ModelNotFoundError, match="no such file or folder"):
-            model_or_reference(name)
-    assert model_or_reference("owner/name") == "owner/name"
+            path_or_hub_name(name)
+    assert path_or_hub_name("owner/name") == "owner/name"
     with pytest.raises(CalibrationError, match="no such file"):
         calibration_from(str(tmp_path / "none.txt"), 1, 2, 0)
 

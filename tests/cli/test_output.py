@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from moebius.cli.comparison_run import Titled, folder_name
 from moebius.cli.output import print_json, print_tables, progress_bars
+from moebius.compare.results import folder_name
+from moebius.progress import Titled
 from moebius.report.tables import TextTable
 
 

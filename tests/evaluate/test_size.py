@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from moebius.checkpoint.manifest import is_packed
 from moebius.errors import CheckpointError
-from moebius.evaluate.size import ModelSize, ModuleSize, experts_per_token, is_packed, packed_checkpoint_size, packed_module
+from moebius.evaluate.size import ModelSize, ModuleSize, experts_per_token, packed_checkpoint_size, packed_module
 from moebius.formats import PackedProjection
 from moebius.formats.dense import Dense
 from moebius.formats.integers import Integers
@@ -90,7 +91,7 @@ def test_files_that_hold_other_bits_than_the_config_says_are_refused(tmp_path: P
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["modules"]["model.layers.0.mlp.experts.down_proj"]["left"]["rows"] += 1
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="the files hold"):
+    with pytest.raises(CheckpointError, match=r"left\.values: got .* wanted .* as config\.json says"):
         packed_checkpoint_size(folder)
 
 

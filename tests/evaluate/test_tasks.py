@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from moebius.errors import TaskError
 from moebius.evaluate import tasks as tasks_module
-from moebius.evaluate.samples import complete
 from moebius.evaluate.tasks import TASK_PRESETS, TaskScore, chosen_tasks, evaluate_tasks, load_tasks, score_of
+from moebius.generation.complete import complete
 from moebius.hf.dequantize import dequantize
 from moebius.pipeline import quantize_model
 from moebius.recipe import CalibrationSettings, Recipe
@@ -35,14 +35,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
-    from moebius.cli.loading import load_model
+    from moebius.hf.loading import load_model
 
     return load_model(reference_path())
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    from moebius.cli.loading import load_tokenizer
+    from moebius.hf.loading import load_tokenizer
 
     return load_tokenizer(reference_path())
 
@@ -97,7 +97,7 @@ def test_a_generative_one(scores: dict[tuple[str, str], TaskScore], model: PreTr
 @pytest.fixture(scope="module")
 def twins(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A packed checkpoint, and the plain one it dequantizes to."""
-    from moebius.cli.loading import load_model
+    from moebius.hf.loading import load_model
 
     folder = tmp_path_factory.mktemp("twins")
     calibration = CalibrationSettings(windows=2, window_length=64)
@@ -114,7 +114,7 @@ def assert_alike(mine: list[TaskScore], others: list[TaskScore]) -> None:
 
 
 def test_a_packed_model_and_its_dequantized_twin_score_alike(folder: Path, tokenizer: Any, twins: tuple[Path, Path]) -> None:
-    from moebius.cli.loading import load_model
+    from moebius.hf.loading import load_model
 
     loaded = load_tasks(NAMES, folder)
     packed, plain = (evaluate_tasks(load_model(twin), tokenizer, loaded, quiet=True) for twin in twins)
@@ -125,7 +125,7 @@ def test_the_plain_command_of_lm_eval_scores_a_packed_checkpoint_as_its_dequanti
     folder: Path, tokenizer: Any, twins: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """Nothing of this package is named or imported: the start-up hook opens the checkpoint."""
-    from moebius.cli.loading import load_model
+    from moebius.hf.loading import load_model
 
     packed, plain = twins
     command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu", "--batch_size", "1"]

@@ -105,9 +105,10 @@ def graded(s, t):
     return out if s["side"] == "input" else out.swapaxes(1, 2)
 
 
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
 AMPLITUDES = [
     [float(word) for word in line.split("|")[2].split()]
-    for line in (Path(__file__).parents[2] / "docs" / "format.md").read_text().splitlines()
+    for line in DOCUMENT.splitlines()
     if line.startswith(tuple(f"| {planes} | " for planes in range(1, 8)))
 ]
 
@@ -142,7 +143,26 @@ def spectral(s, t):
     return out * t["row_scales"].astype(np.float32)[..., None] if s["row_scaled"] else out
 
 
-FORMATS = {f.__name__: f for f in (dense, integers, grouped_signs, codebook, graded, planes, spectral)} | {
+LEVELS = [
+    float(block.split()[1]) * np.frombuffer(bytes.fromhex("".join(block.split()[2:])), "i1")
+    for block in DOCUMENT.split("```text")[-1].split("```")[0].split("rate ")[1:]
+]
+
+
+def trellis(s, t):
+    out, row = np.zeros((s["batch"], s["columns"], s["rows"])), 0
+    for m, rates in enumerate(stream(t["rates"], 4, s["columns"])):
+        for j, rate in enumerate(rates):
+            if rate:
+                bits = stream(t["codes"][row : row + rate], 1, s["rows"])
+                codes = (bits << np.arange(rate)[:, None]).sum(0)
+                state = sum(np.roll(codes, back) << (rate * back) for back in range(8)) & 255
+                out[m, j], row = LEVELS[rate - 1][state], row + rate
+    rows, columns = scales(t["row_codes"], t["grids"][:, :2]), scales(t["column_codes"], t["grids"][:, 2:])
+    return out.swapaxes(1, 2) * rows[..., None] * columns[:, None]
+
+
+FORMATS = {f.__name__: f for f in (dense, integers, grouped_signs, codebook, graded, planes, spectral, trellis)} | {
     "signs": signs_format
 }
 

@@ -1,134 +1,159 @@
-"""Packed checkpoints with something changed in them: each is refused in a Moebius error, or runs; none ends the process.
-
-``python -m tests.fuzz.mutate --count 10000`` (``make fuzz``) tries so many. A child takes a batch of them; one that dies is
-recorded with its signal, and the next goes on behind it.
-"""
+"""One thing changed in a packed checkpoint: a number, a byte, a value of some JSON, a whole file."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import random
-import shutil
-import signal
-import sys
-import tempfile
-from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
-
-import moebius  # noqa: F401 - registers the quantizer
 from moebius.checkpoint.manifest import write_manifest
-from moebius.errors import MoebiusError
+from moebius.checkpoint.shards import read_shard
 
-BATCH = 25
-SECONDS = 60
-KINDS = ("number", "tensor", "bytes")
-_ODD: tuple[Any, ...] = (0, -1, 1, 2, 3, 7, 8, 9, 17, 255, 65536, 10**9, 1 << 40, 1 << 70, 1.5, True, None, "x", [], {})
+_ODD: tuple[Any, ...] = (
+    0,
+    -1,
+    1,
+    2,
+    3,
+    7,
+    8,
+    9,
+    17,
+    255,
+    65536,
+    10**9,
+    1 << 40,
+    1 << 70,
+    10**400,
+    1.5,
+    1e308,
+    True,
+    False,
+    None,
+)
+_ODD += ("", "x", "../x", "a\0b", "\ud83d", "é" * 300, [], {}, [[]], [1, "x"], {"a": {"b": None}}, [[[[[]]]]] * 3)
 
 
-def mutate(folder: Path, kind: str, chance: random.Random) -> None:
-    """Change one thing in a checkpoint, in place. ``number`` and ``tensor`` leave the manifest true."""
-    if kind == "number":
-        path = folder / "config.json"
-        config = json.loads(path.read_text())
-        leaves = _leaves(config["quantization_config"]["modules"])
-        holder, key = chance.choice(leaves)
-        holder[key] = chance.choice([*_ODD, holder[key] + 1, holder[key] - 1] if type(holder[key]) is int else _ODD)
-        path.write_text(json.dumps(config))
-    elif kind == "tensor":
-        file = chance.choice(sorted(folder.glob("packed-*.safetensors")))
-        tensors = load_file(file)
-        name = chance.choice(sorted(name for name, tensor in tensors.items() if tensor.numel()))  # no guards
-        raw = tensors[name].contiguous().view(torch.uint8).flatten()
-        raw[chance.randrange(len(raw))] = chance.randrange(256)
-        save_file(tensors, file, metadata={"format": "pt"})
-        write_manifest(folder)
+def number(folder: Path, chance: random.Random) -> None:
+    """A number or word in the description of a packed module."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    holder, key = chance.choice([place for place in _places(config["quantization_config"]["modules"]) if _is_leaf(*place)])
+    near = [holder[key] + 1, holder[key] - 1] if type(holder[key]) is int else []
+    holder[key] = chance.choice([*_ODD, *near])
+    path.write_text(json.dumps(config))
+
+
+def tensor(folder: Path, chance: random.Random) -> None:
+    """A byte of a packed tensor, small ones as often as large ones. The manifest follows."""
+    file = chance.choice(sorted(folder.glob("packed-*.safetensors")))
+    stored = chance.choice([t for _, t in sorted(read_shard(file).items()) if t.end > t.begin])
+    content = bytearray(file.read_bytes())
+    content[chance.randrange(stored.begin, stored.end)] = chance.choice([0, 0x7F, 0x80, 0xFF, chance.randrange(256)])
+    file.write_bytes(content)
+    write_manifest(folder)
+
+
+def byte(folder: Path, chance: random.Random) -> None:
+    """A byte of any file."""
+    file = chance.choice(_files(folder))
+    content = bytearray(file.read_bytes())
+    content[chance.randrange(len(content))] = chance.randrange(256)
+    file.write_bytes(content)
+
+
+def value(folder: Path, chance: random.Random) -> None:
+    """A value, name or object anywhere in a JSON file: another one in its place, or none, or one more."""
+    file = chance.choice([path for path in _files(folder) if path.suffix == ".json" and _places(json.loads(path.read_text()))])
+    content = json.loads(file.read_text())
+    holder, key = chance.choice(_places(content))
+    _change(holder, key, chance)
+    file.write_text(json.dumps(content))
+
+
+def header(folder: Path, chance: random.Random) -> None:
+    """A value in the header of a safetensors file, whose length follows, or the length alone."""
+    file = chance.choice([path for path in _files(folder) if path.suffix == ".safetensors"])
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    if chance.random() < 0.1:
+        wrong = chance.choice([0, 1, length - 1, length + 1, len(content), 1 << 32, (1 << 64) - 1])
+        file.write_bytes(wrong.to_bytes(8, "little") + content[8:])
+        return
+    entries = json.loads(content[8 : 8 + length])
+    places = _places(entries)
+    _change(*chance.choice(places), chance)
+    text = json.dumps(entries).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+def contents(folder: Path, chance: random.Random) -> None:
+    """All of a file: cut, emptied, in another encoding, nested deeply, something else, gone, or a folder."""
+    file = chance.choice(_files(folder))
+    content = file.read_bytes()
+    change = chance.choice(_CONTENTS)(content, chance)
+    file.unlink()
+    if change is None:
+        if chance.random() < 0.5:
+            file.mkdir()
     else:
-        file = chance.choice(sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors")))
-        content = bytearray(file.read_bytes())
-        place = chance.randrange(min(len(content), 4096))
-        content[place] = chance.randrange(256)
-        file.write_bytes(content[:place] if chance.random() < 0.2 else content)
+        file.write_bytes(change)
 
 
-def _leaves(value: Any) -> list[tuple[Any, Any]]:
-    """Where the numbers and words of a JSON value are."""
-    found: list[tuple[Any, Any]] = []
-    for key, item in value.items():
-        found += _leaves(item) if isinstance(item, dict) else [(value, key)]
-    return found
+_CONTENTS: tuple[Callable[[bytes, random.Random], bytes | None], ...] = (
+    lambda content, chance: content[: chance.randrange(len(content))],
+    lambda content, chance: content + chance.randbytes(chance.randrange(1, 9)),
+    lambda content, chance: b"",
+    lambda content, chance: b"[]",
+    lambda content, chance: b"null",
+    lambda content, chance: b"{}",
+    lambda content, chance: chance.randbytes(64),
+    lambda content, chance: b'{"a":' * 100_000,
+    lambda content, chance: b'{"a":' + b"[" * 3000 + b"]" * 3000 + b"," + content[1:],
+    lambda content, chance: b"\xef\xbb\xbf" + content,
+    lambda content, chance: content.replace(b'"', b'"\xff', 1),
+    lambda content, chance: b'{"a":' + b"9" * 5000 + b"," + content[1:],
+    lambda content, chance: b'{"a": 1e999, "b": NaN,' + content[1:],
+    lambda content, chance: content.decode("latin-1").encode("utf-16"),
+    lambda content, chance: None,
+)
+
+#: Name to a function that changes a checkpoint in place.
+KINDS: dict[str, Callable[[Path, random.Random], None]] = {
+    "number": number,
+    "tensor": tensor,
+    "byte": byte,
+    "value": value,
+    "header": header,
+    "contents": contents,
+}
 
 
-def outcome(folder: Path) -> str:
-    """``refused``, ``ran``, or the error that was not Moebius's."""
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        with torch.inference_mode():
-            model(torch.arange(4).view(1, -1))
-    except MoebiusError:
-        return "refused"
-    except Exception as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
-    return "ran"
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_file() and path.stat().st_size)
 
 
-def run(original: Path, count: int, seed: int, kinds: tuple[str, ...] = KINDS) -> list[tuple[int, str, str]]:
-    """The outcome of every mutation: its number, its kind, and a word, an error, or ``killed by SIGNAL``."""
-    results: list[tuple[int, str, str]] = []
-    while len(results) < count:
-        begin = len(results)
-        read, write = os.pipe()
-        child = os.fork()
-        if not child:
-            _work(original, range(begin, min(begin + BATCH, count)), seed, kinds, write)
-        os.close(write)
-        with os.fdopen(read) as lines:
-            results += [(number, kinds[number % len(kinds)], json.loads(line)) for number, line in enumerate(lines, begin)]
-        status = os.waitpid(child, 0)[1]
-        if os.WIFSIGNALED(status):
-            number = len(results)
-            results.append((number, kinds[number % len(kinds)], f"killed by {signal.Signals(os.WTERMSIG(status)).name}"))
-        elif status:
-            raise RuntimeError(f"mutation {len(results)} could not be made")
-    return results
+def _places(value: Any) -> list[tuple[Any, Any]]:
+    """Every value in a JSON value, as its holder and its key there."""
+    keys = list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
+    return [(value, key) for key in keys] + [place for key in keys for place in _places(value[key])]
 
 
-def _work(original: Path, numbers: range, seed: int, kinds: tuple[str, ...], write: int) -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    try:
-        for number in numbers:
-            signal.alarm(SECONDS)  # a hang dies of SIGALRM
-            with tempfile.TemporaryDirectory() as temporary:
-                folder = Path(shutil.copytree(original, Path(temporary) / "packed"))
-                mutate(folder, kinds[number % len(kinds)], random.Random(f"{seed}-{number}"))
-                os.write(write, (json.dumps(outcome(folder)) + "\n").encode())
-        os._exit(0)
-    finally:
-        os._exit(1)  # a child that fails must not go on as a second test run
+def _is_leaf(holder: Any, key: Any) -> bool:
+    return not isinstance(holder[key], (dict, list))
 
 
-def main() -> int:
-    """Try mutations and count how they end; 1 if any ended in a crash, a hang or a bare Python error."""
-    from tests.packed import save_packed_tiny
-
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as temporary:
-        results = run(save_packed_tiny("olmoe", Path(temporary)), options.count, options.seed)
-    for (kind, word), times in Counter((kind, word) for _, kind, word in results).most_common():
-        first = next(number for number, *rest in results if rest == [kind, word])
-        print(f"{times:6d} {kind:7s} {word} (first: {first})")
-    return int(any(word not in ("refused", "ran") for *_, word in results))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def _change(holder: Any, key: Any, chance: random.Random) -> None:
+    how = chance.random()
+    if how < 0.1:
+        del holder[key]
+    elif how < 0.2 and isinstance(holder, dict):
+        holder[chance.choice(["", "x", "a" * 300, str(key).upper()])] = holder.pop(key)
+    elif how < 0.3 and isinstance(holder, dict):
+        holder[f"{key}x"] = holder[key]
+    elif how < 0.4 and type(holder[key]) is int:
+        holder[key] += chance.choice([-1, 1, 8, -8])
+    else:
+        holder[key] = chance.choice(_ODD)

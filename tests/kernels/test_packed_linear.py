@@ -10,22 +10,22 @@ import torch
 from tests.kernels.test_agreement import SIZES, disagreement, needs_build
 from torch import Generator, Tensor
 
+from moebius import native
 from moebius.errors import KernelError
 from moebius.formats.integers import Integers
 from moebius.kernels import choice
 from moebius.kernels.packed_linear import cpu, prepare, reference
-from moebius.kernels.routed_experts import cpu as kernels
 
 
-@pytest.fixture(params=["default", *kernels.levels()])
+@pytest.fixture(params=["default", *native.levels()])
 def level(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every set of instructions of this machine, and the one that is picked."""
-    before = kernels.level() if kernels.levels() else ""
+    before = native.level() if native.levels() else ""
     if request.param != "default":
-        kernels.use_level(request.param)
+        native.use_level(request.param)
     yield request.param
     if before:
-        kernels.use_level(before)
+        native.use_level(before)
 
 
 def integers(rows: int, columns: int, bits: int, group: int, seed: int = 0) -> Integers:
@@ -48,7 +48,7 @@ def test_every_level_agrees(rows: int, columns: int, bits: int, group: int, coun
     weight, inputs = integers(rows, columns, bits, group or columns), states(count, columns)
     got = prepare(weight)(inputs)
     # Many inputs of codes of eight bits are rounded to bytes where there are instructions for that.
-    bounds = (0.02, 0.1) if bits == 8 and count > 8 and kernels.levels() and kernels.current().tiles else ()
+    bounds = (0.02, 0.1) if bits == 8 and count > 8 and native.has_tiles() else ()
     if count:
         assert disagreement(got, reference.packed_linear(inputs, weight), *bounds) is None
     else:
@@ -80,11 +80,11 @@ def test_long_matrices_are_unpacked_some_rows_at_a_time(count: int, monkeypatch:
 def test_levels_give_the_same_bits() -> None:
     weight, inputs = integers(100, 1000, 4, 128), states(4, 1000)
     results = []
-    best = kernels.level()
-    for name in kernels.levels():
-        kernels.use_level(name)
+    best = native.level()
+    for name in native.levels():
+        native.use_level(name)
         results.append(prepare(weight)(inputs))
-    kernels.use_level(best)
+    native.use_level(best)
     assert all(torch.equal(result, results[0]) for result in results)
 
 
@@ -155,6 +155,6 @@ def test_a_kernel_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(choice.VARIABLE, name)
         assert torch.equal(prepare(weight)(inputs), exact)
     monkeypatch.setenv(choice.VARIABLE, "cpu")
-    monkeypatch.setattr(kernels, "missing", lambda: "nothing was compiled")
+    monkeypatch.setattr(native, "missing", lambda: "nothing was compiled")
     with pytest.raises(KernelError, match=r"MOEBIUS_KERNEL=cpu .*nothing was compiled"):
         prepare(weight)

@@ -14,7 +14,7 @@ from moebius.formats.codebook import Codebook
 from moebius.formats.integers import Integers
 from moebius.formats.signs import Signs
 from moebius.formats.spectral import Spectral
-from moebius.kernels.routed_experts import reference
+from moebius.kernels.routed_experts import PackedExperts, reference
 from moebius.kernels.routed_experts.reference import routed_experts
 
 EXPERTS, HIDDEN, INNER = 6, 20, 12
@@ -62,24 +62,24 @@ def test_equals_the_formula(
 ) -> None:
     monkeypatch.setattr(reference, "_UNPACKED_WEIGHTS", budget)
     gate_up, down, hidden, index, weights, up_bias, down_bias = case(kinds, tokens, top_k, padding)
-    got = routed_experts(hidden, index, weights, gate_up, down, gated, up_bias, down_bias)
+    got = routed_experts(hidden, index, weights, PackedExperts(gate_up, down, gated, up_bias, down_bias))
     wanted = by_hand(hidden, index, weights, gate_up.unpack().double(), down.unpack().double(), up_bias, down_bias)
     torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()) if tokens else 0)
     none = torch.zeros_like
     without = by_hand(hidden, index, weights, gate_up.unpack().double(), down.unpack().double(), none(up_bias), none(down_bias))
-    got = routed_experts(hidden, index, weights, gate_up, down, gated)
+    got = routed_experts(hidden, index, weights, PackedExperts(gate_up, down, gated))
     torch.testing.assert_close(got.double(), without, rtol=1e-4, atol=1e-4 * float(without.abs().max()) if tokens else 0)
 
 
 def test_only_padding() -> None:
     gate_up, down, hidden, index, weights, *_ = case(("plain", "plain"), 4, 2, False)
-    assert not routed_experts(hidden, torch.full_like(index, EXPERTS), weights, gate_up, down, gated).any()
+    assert not routed_experts(hidden, torch.full_like(index, EXPERTS), weights, PackedExperts(gate_up, down, gated)).any()
 
 
 def test_keeps_the_dtype_of_the_tokens() -> None:
     gate_up, down, hidden, index, weights, *_ = case(("right", "left"), 9, 2, False)
-    exact = routed_experts(hidden, index, weights, gate_up, down, gated)
-    half = routed_experts(hidden.bfloat16(), index, weights.bfloat16(), gate_up, down, gated)
+    exact = routed_experts(hidden, index, weights, PackedExperts(gate_up, down, gated))
+    half = routed_experts(hidden.bfloat16(), index, weights.bfloat16(), PackedExperts(gate_up, down, gated))
     assert half.dtype == torch.bfloat16
     assert (half - exact).norm() < 0.02 * exact.norm()
 
@@ -88,11 +88,13 @@ def test_gradients_reach_the_tokens() -> None:
     gate_up, down, hidden, index, weights, *_ = case(("right", "left"), 9, 2, False)
     probe, direction = torch.randn(9, HIDDEN), torch.randn(9, HIDDEN)
     hidden.requires_grad_()
-    routed_experts(hidden, index, weights, gate_up, down, gated).backward(probe)
+    routed_experts(hidden, index, weights, PackedExperts(gate_up, down, gated)).backward(probe)
     assert hidden.grad is not None
     with torch.no_grad():
         step = 1e-3 * direction
-        ahead, behind = (routed_experts(h, index, weights, gate_up, down, gated) for h in (hidden + step, hidden - step))
+        ahead, behind = (
+            routed_experts(h, index, weights, PackedExperts(gate_up, down, gated)) for h in (hidden + step, hidden - step)
+        )
     wanted = float(((ahead - behind) * probe).sum()) / 2e-3
     assert float((hidden.grad * direction).sum()) == pytest.approx(wanted, rel=1e-2)
 
@@ -145,7 +147,7 @@ def test_memory_is_that_of_a_few_experts(kind: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(type(packed), "unpack_to", watched)
     hidden, index = torch.randn(MANY, SIDE, generator=generator), torch.arange(MANY).unsqueeze(1)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        routed_experts(hidden, index, torch.ones(MANY, 1), projection, projection, torch.tanh)
+        routed_experts(hidden, index, torch.ones(MANY, 1), PackedExperts(projection, projection, torch.tanh))
     assert len(places) == 2 * MANY and {(len(out), out.data_ptr()) for out in places} == {(1, places[0].data_ptr())}
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = list(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
@@ -163,5 +165,5 @@ def test_unpacks_only_what_tokens_chose(monkeypatch: pytest.MonkeyPatch) -> None
         unpack_to(self, out, index)
 
     monkeypatch.setattr(Signs, "unpack_to", watched)
-    routed_experts(hidden, torch.tensor([[4, 1]] * 5), weights, gate_up, down, gated)
+    routed_experts(hidden, torch.tensor([[4, 1]] * 5), weights, PackedExperts(gate_up, down, gated))
     assert sorted(seen) == [1, 1, 4, 4]

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
-from moebius.errors import ShapeError
+from moebius.errors import KernelError
 from moebius.formats import PackedProjection
 from moebius.formats.dense import Dense
 from moebius.formats.graded import Graded
@@ -28,11 +28,11 @@ from moebius.formats.integers import Integers
 from moebius.formats.logarithmic import encode
 from moebius.formats.planes import Planes, pack_signs
 from moebius.formats.signs import Signs
-from moebius.kernels.routed_experts import reference
+from moebius.kernels.routed_experts import PackedExperts, prepare, reference
 
 pytest.importorskip("triton")
 from moebius.kernels.routed_experts import triton as backend
-from moebius.kernels.routed_experts import triton_kernels
+from moebius.kernels.routed_experts import triton_kernels, triton_route
 from moebius.kernels.routed_experts.activations import ACTIVATIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's exp of large numbers is inf, as it should
@@ -69,17 +69,17 @@ class Case:
     gate_up_bias: Tensor | None = None
     down_bias: Tensor | None = None
 
-    def arguments(self) -> list[Any]:
-        return [
-            self.hidden,
-            self.index,
-            self.weights,
-            self.gate_up,
-            self.down,
-            self.activation,
-            self.gate_up_bias,
-            self.down_bias,
-        ]
+    def experts(self) -> PackedExperts:
+        return PackedExperts(self.gate_up, self.down, self.activation, self.gate_up_bias, self.down_bias)
+
+    def given(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.hidden, self.index, self.weights
+
+
+def run(case: Case) -> Tensor:
+    experts = case.experts()
+    assert backend.refusal(experts) is None
+    return backend.prepare(experts)(*case.given())
 
 
 def swiglu(states: Tensor) -> Tensor:
@@ -101,11 +101,11 @@ def agrees(got: Tensor, wanted: Tensor, dtype: torch.dtype = torch.float32) -> b
 
 def wanted_of(case: Case) -> Tensor:
     """In float32, whatever the dtype of the hidden states is."""
-    return reference.routed_experts(*replace(case, hidden=case.hidden.float()).arguments())
+    return reference.routed_experts(case.hidden.float(), case.index, case.weights, case.experts())
 
 
 def check(case: Case) -> Tensor:
-    got, wanted = backend.routed_experts(*case.arguments()), wanted_of(case)
+    got, wanted = run(case), wanted_of(case)
     assert got.dtype == case.hidden.dtype
     assert got.shape == wanted.shape
     assert agrees(got, wanted, case.hidden.dtype), error(got, wanted)
@@ -216,7 +216,7 @@ def on_device(case: Case) -> Case:
             return PackedProjection(**moved)
         return value.to(DEVICE) if isinstance(value, Tensor) else value
 
-    return Case(*map(move, case.arguments()))
+    return Case(*(move(getattr(case, field.name)) for field in fields(case)))
 
 
 @pytest.fixture
@@ -262,10 +262,10 @@ def test_every_number_of_planes(generator: Generator, count: int) -> None:
     if count:
         check(case)
         return
-    assert not backend.routed_experts(*case.arguments()).any()
+    assert not run(case).any()
     none = Planes.skeleton(torch.zeros(EXPERTS, 0), side="input", directions=17, entries=32, scale_bits=8, device=DEVICE)
     without = replace(case, gate_up=replace(case.gate_up, factor=none))
-    assert not backend.routed_experts(*without.arguments()).any()
+    assert not run(without).any()
 
 
 @pytest.mark.parametrize(("side", "rank", "bits"), [("output", 31, 8), ("input", 65, 4), ("hidden", 63, 8), ("none", 0, 8)])
@@ -292,14 +292,14 @@ def test_planes_with_signs(generator: Generator) -> None:
 def test_many_tokens(generator: Generator, monkeypatch: pytest.MonkeyPatch, block: int, spread: str) -> None:
     """More of them than a program takes for an expert, found by scanning (0) and in sorted blocks."""
     if block:
-        monkeypatch.setattr(backend, "_SCANNED", 0)
-        monkeypatch.setattr(backend, "_block", lambda slots, experts: block)
+        monkeypatch.setattr(triton_route, "_SCANNED", 0)
+        monkeypatch.setattr(triton_route, "_block", lambda slots, experts: block)
     case = tokens_for(generator, moebius_layer(generator, 12, 9, 18, widths_of(generator, 18, 2)), 18, top_k=1)
     if spread == "one expert":
         case = replace(case, index=torch.full_like(case.index, 3))
     if spread == "padding":
         case = replace(case, index=torch.full_like(case.index, EXPERTS))
-        assert not backend.routed_experts(*case.arguments()).any()
+        assert not run(case).any()
     else:
         check(case)
 
@@ -312,7 +312,7 @@ def test_splits_of_sums(generator: Generator, monkeypatch: pytest.MonkeyPatch) -
 
 def test_no_tokens(case: Case) -> None:
     none = replace(case, hidden=case.hidden[:0], index=case.index[:0], weights=case.weights[:0])
-    assert backend.routed_experts(*none.arguments()).shape == none.hidden.shape
+    assert run(none).shape == none.hidden.shape
 
 
 def test_inputs_of_other_layouts_and_types(case: Case) -> None:
@@ -322,7 +322,7 @@ def test_inputs_of_other_layouts_and_types(case: Case) -> None:
     }
     assert not any(value.is_contiguous() for value in apart.values())
     got = check(replace(case, **apart))
-    assert torch.equal(got, backend.routed_experts(*case.arguments())), "repeats do not give the same bits"
+    assert torch.equal(got, run(case)), "repeats do not give the same bits"
     apart = {"index": case.index.int(), "weights": case.weights.bfloat16()}
     check(replace(case, **apart))
 
@@ -383,7 +383,7 @@ def test_rejects_one_flipped_sign(case: Case, name: str) -> None:
     expert = int(case.index[0, 0])
     flipped[31 * expert + 25, 1] ^= 1 << 5  # a second plane; 31 rows are 20 of the first and 11 of the second
     other = replace(projection, factor=projection.factor.replace(signs=flipped))
-    got = backend.routed_experts(*replace(case, **{name: other}).arguments())
+    got = run(replace(case, **{name: other}))
     assert not agrees(got, wanted)
 
 
@@ -398,24 +398,40 @@ def interleaved(states: Tensor) -> Tensor:
     return functional.silu(states[..., ::2]) * states[..., 1::2]
 
 
-def test_supports(case: Case) -> None:
+def test_refuses(case: Case) -> None:
     gate_up, down = case.gate_up, case.down
-    assert backend.supports(gate_up, down, swiglu)
-    for activation in (clamped, interleaved, torch.tanh, lambda states: states.gate):
-        assert not backend.supports(gate_up, down, activation)
-    dense = Dense.pack(torch.randn(EXPERTS, 36, 20))
-    grouped = Integers.pack(torch.ones(1, 20, 24), torch.ones(1, 20, 2), None, bits=8, group_size=12)
-    left = replace(gate_up, left=grouped.replace(group_size=24))
-    swapped = replace(down, factor=gate_up.factor)
-    for other in (replace(gate_up, factor=dense), replace(gate_up, right=dense), replace(gate_up, right=grouped), left):
-        assert not backend.supports(other, down, swiglu)
-    assert not backend.supports(gate_up, swapped, swiglu)
+    assert backend.refusal(case.experts()) is None
+    for activation in (clamped, interleaved, lambda states: states.gate):
+        assert backend.refusal(PackedExperts(gate_up, down, activation)) is not None
+    dense = Dense.pack(torch.randn(EXPERTS, *gate_up.factor.unpack().shape[1:]))
+    shared = Dense.pack(gate_up.right.unpack())  # type: ignore[union-attr]
+    rows, columns = shared.rows, shared.columns
+    half = -(-columns // 2)
+    grouped = Integers.pack(torch.ones(1, rows, columns), torch.ones(1, rows, 2), None, bits=8, group_size=half)
+    channels = gate_up.factor.rows
+    left = Integers.pack(torch.ones(1, channels, channels), torch.ones(1, channels, 1), None, bits=8, group_size=channels)
+    for other in (
+        replace(gate_up, factor=dense),
+        replace(gate_up, right=shared),
+        replace(gate_up, right=grouped),
+        replace(gate_up, left=left),
+    ):
+        assert backend.refusal(PackedExperts(other, down, swiglu)) is not None
 
 
-def test_says_why(case: Case) -> None:
-    wrong = replace(case, activation=torch.tanh)
-    with pytest.raises(ShapeError, match=r"the activation is none of silu.*use the reference"):
-        backend.routed_experts(*wrong.arguments())
+def test_refuses_directions_at_the_wrong_side() -> None:
+    generator = Generator().manual_seed(0)
+    widths = widths_of(generator, 16, 2)
+    for side in ("input", "output"):
+        packed = planes(generator, 16, 16, side, widths)
+        reason = backend.refusal(PackedExperts(PackedProjection(packed), PackedProjection(packed), torch.tanh))
+        assert reason is not None and "side" in reason
+
+
+def test_says_why(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOEBIUS_KERNEL", "triton")
+    with pytest.raises(KernelError, match=r"the activation is none of silu"):
+        prepare(replace(case, activation=clamped).experts())
 
 
 def test_a_bound_method_is_tried_once(case: Case) -> None:
@@ -426,8 +442,9 @@ def test_a_bound_method_is_tried_once(case: Case) -> None:
             calls.append(len(states))
             return swiglu(states)
 
-    experts = Experts()
-    assert all(backend.supports(case.gate_up, case.down, experts.gate) for _ in range(3))
+    packed = replace(case, activation=Experts().gate).experts()
+    calls.clear()
+    assert all(backend.refusal(packed) is None for _ in range(3))
     assert len(calls) == 1
 
 

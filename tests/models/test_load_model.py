@@ -91,7 +91,7 @@ def test_experts_without_flags_are_refused() -> None:
 
 def test_missing_folder(tmp_path: Path) -> None:
     for source in (tmp_path / "nothing", str(tmp_path / "nothing"), "./nothing"):
-        with pytest.raises(ModelNotFoundError, match="no such folder"):
+        with pytest.raises(ModelNotFoundError, match="no such file or folder"):
             load_moe_model(source)
     with pytest.raises(ModelNotFoundError, match=r"no config\.json"):
         load_moe_model(tmp_path)

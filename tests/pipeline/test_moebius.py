@@ -178,3 +178,24 @@ def test_other_architectures_can_be_refined(architecture: str, tmp_path: Path, m
     report = quantize_model(tmp_path / "source", tmp_path / "packed", recipe, CALIBRATION)
     losses = report["refine"]["nats_per_token"]
     assert losses[-1] < losses[0]
+
+
+def test_layers_that_the_budget_gives_nothing_are_named_and_put_out_zeros(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_tiny("qwen3_moe", tmp_path / "source")
+    model = AutoModelForCausalLM.from_pretrained(source)
+    with torch.no_grad():  # nobody would miss what they put out
+        model.model.layers[1].mlp.experts.down_proj *= 1e-3
+    model.save_pretrained(source)
+    report = quantize_model(source, tmp_path / "packed", Recipe.make("moebius", 0.5), CALIBRATION)
+    named = [record.message for record in caplog.records if "gave nothing" in record.message]
+    assert [entry.get("zero") for entry in report["layers"]] == [None, ["gate_up", "down"]]
+    assert len(named) == 1 and "model.layers.1.mlp.experts (gate_up and down)" in named[0] and "layers.0" not in named[0]
+    for backend in ("reference", ""):
+        monkeypatch.setenv("MOEBIUS_KERNEL", backend)
+        packed = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+        with torch.no_grad():
+            assert packed(torch.arange(2, 42).view(2, 20)).logits.isfinite().all()
+            experts, given = packed.model.layers[1].mlp.experts, torch.randn(3, 48, dtype=packed.dtype)
+            assert not experts(given, torch.tensor([[0, 1]] * 3), torch.full((3, 2), 0.5)).any()

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from moebius import native
 from moebius.formats.projection import PackedProjection
 from moebius.formats.trellis import DISTORTION, levels_of
 from moebius.quantize import trellis
@@ -31,7 +32,8 @@ def test_distortion_is_that_which_budgets_reckon_with(rate: int) -> None:
 def test_without_the_compiled_search_codes_are_as_good(rate: int, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     values, scales, rates = gaussian(6, length), gaussian(6, length, seed=1).abs() + 0.5, torch.full((6,), rate)
     _, compiled = best_codes(values, scales, rates)
-    monkeypatch.setattr(trellis, "_search", None)
+    monkeypatch.setattr(native, "_extension", None)
+    monkeypatch.setattr(native, "_MISSING", "nothing was compiled", raising=False)
     _, plain = best_codes(values, scales, rates)
     errors = [float((values - levels * scales).square().sum()) for levels in (compiled, plain)]
     assert errors[1] == pytest.approx(errors[0], rel=0.1)

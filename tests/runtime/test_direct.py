@@ -11,17 +11,17 @@ from tests.tiny import tiny_config
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from moebius import native
 from moebius.evaluate.random_checkpoint import write_random_checkpoint
 from moebius.kernels.decoder_layer import Attention, prompt
-from moebius.kernels.routed_experts import cpu
 from moebius.progress import Silent
 from moebius.recipe import Recipe
 from moebius.runtime.direct import ARCHITECTURES, DirectForward, direct_forward
 from moebius.runtime.generation import Session
 
-needs_kernels = pytest.mark.skipif(cpu.missing() is not None, reason="nothing was compiled")
+needs_kernels = pytest.mark.skipif(native.missing() is not None, reason="nothing was compiled")
 needs_tiles = pytest.mark.skipif(
-    cpu.missing() is not None or not cpu.current().tiles, reason="prompts go through transformers without AVX-512 VNNI"
+    native.missing() is not None or not native.has_tiles(), reason="prompts go through transformers without AVX-512 VNNI"
 )
 
 

@@ -47,8 +47,6 @@ class ProjectionSums:
         self._by_loss = LossWeightedMoments(experts, inputs, device) if needs.loss_weighted else None
         self._moment = torch.zeros(0 if needs.loss_weighted else experts, inputs, inputs, device=device)
         self._left = left
-        self._squares = 0.0
-        self._outputs = outputs
         self._average: Tensor | None = None
         self._weighted: Tensor | None = None
         self._fisher: Tensor | None = None
@@ -77,7 +75,6 @@ class ProjectionSums:
         """
         squares = weights = None
         if gradient is not None and self._fisher is not None:
-            self._squares += float(gradient.square().sum(dtype=torch.float64))
             if self._output_fisher is not None:
                 self._output_fisher.addmm_(gradient.T, gradient)
             squares = (gradient if self._left is None else gradient @ self._left).square()  # (rows, channels)
@@ -100,7 +97,6 @@ class ProjectionSums:
 
     def result(self) -> ProjectionStats:
         """The statistics of all batches, zeros for experts without tokens; nothing can be added afterwards."""
-        rows = int(self._tokens.sum())
         return ProjectionStats(
             tokens=self._tokens,
             mean=self._sum / self._tokens.clamp(min=1).unsqueeze(1),
@@ -108,7 +104,6 @@ class ProjectionSums:
             weighted_moment=self._weighted,
             fisher_diagonal=self._fisher,
             output_fisher=self._output_fisher,
-            sensitivity=self._squares / max(1, rows * self._outputs),
         )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moebius.calibrate.grouped import Assignment, grouped_linear
 from moebius.calibrate.layerwise import replaced_forwards
+from moebius.private_transformers import gate
 from moebius.types import PROJECTIONS, ExpertsLayout, MoeLayer
 
 #: A projection: sorted rows (rows, in) and which expert each belongs to, to (rows, out).
@@ -62,7 +63,7 @@ def observed_forward(
     inputs = {"gate_up": repeated.index_select(0, assignment.order)}
     gate_up = products["gate_up"](inputs["gate_up"], assignment)
     gate_up = _with_bias(gate_up, module, layout.gate_up_name, layout, assignment)
-    inputs["down"] = module._apply_gate(gate_up) if layout.has_gate else module.act_fn(gate_up)
+    inputs["down"] = gate(experts)(gate_up) if layout.has_gate else module.act_fn(gate_up)
     down = products["down"](inputs["down"], assignment)
     down = _with_bias(down, module, layout.down_name, layout, assignment)
     routing = top_k_weights.reshape(-1)[assignment.order]

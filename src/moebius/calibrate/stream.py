@@ -59,8 +59,8 @@ def stream_statistics(
         moe: the model; all of it is as before once the iterator is exhausted or closed.
         windows: (windows, window_length) int64 token ids.
         needs: what is wanted.
-        left_factors: of the projections that have one; their ``S`` and ``γ`` are then those of ``Aᵀ δ``. ``G`` and ``φ`` are
-            always those of ``δ``.
+        left_factors: of the projections that have one; their ``S`` and ``γ`` are then those of ``Aᵀ δ``; ``G`` is
+            always that of ``δ``.
         batch_size: windows per forward.
         skip: names of MoE layers that are passed through without taking statistics.
         work: folder in which the hidden states are kept; None keeps them in memory. They are 4 bytes · tokens · hidden for

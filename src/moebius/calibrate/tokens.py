@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moebius.calibrate.builtin_text import builtin_documents
 from moebius.calibrate.text_files import Documents, Render, chat_template, json_lines, row_text, share, text_file
-from moebius.errors import CalibrationError, UnknownNameError
+from moebius.errors import CalibrationError, UnknownNameError, first_line
 from moebius.recipe import CalibrationSettings
 
 # Windows are drawn from this many times the tokens that are wanted, so that the seed matters and no two seeds take
@@ -62,6 +62,12 @@ HUB_TEXTS = {
         },
         "sentence",
         separator="\n",
+    ),
+    # As with ptb, the script's rows as parquet: the sample of a billion tokens that its owners publish beside the whole.
+    "redpajama": HubText(
+        "togethercomputer/RedPajama-Data-1T-Sample",
+        {"revision": "refs/convert/parquet", "data_files": {"train": "*/train/*.parquet"}},
+        "text",
     ),
 }
 
@@ -226,9 +232,9 @@ def _rows(source: HubText, held_out: bool) -> tuple[Any, range, str]:
         else:
             loaded = datasets.load_dataset(source.path, **source.arguments)
     except Exception as error:  # `datasets` passes on whatever the hub, the network or a file format raised
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CalibrationError(
-            f"calibration text {source.path!r}: cannot load this data set ({reason}); give a .txt or .jsonl file instead"
+            f"calibration text {source.path!r}: cannot load this data set ({first_line(error)}); "
+            "give a .txt or .jsonl file instead"
         ) from error
     splits = loaded if isinstance(loaded, dict) else {"train": loaded}
     rows, mine = _split(splits, held_out, source.path)

@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 
+from moebius.checkpoint.described import check_contents, check_described
 from moebius.checkpoint.guards import check_all_listed
-from moebius.checkpoint.shards import DTYPE_NAMES, StoredTensor, is_guard, read_folder, write_text
-from moebius.errors import CheckpointError, first_line
-from moebius.formats import Packed, PackedProjection
-from moebius.formats.base import empty_like_spec
-from moebius.formats.projection import empty_projection
-from moebius.json_file import field, read_object
+from moebius.checkpoint.routing import check_routing
+from moebius.checkpoint.shards import StoredTensor, is_guard, read_folder, write_text
+from moebius.errors import CheckpointError
+from moebius.json_file import MANIFEST_NAME as MANIFEST_NAME
+from moebius.json_file import field, read_config, read_object
 
-MANIFEST_NAME = "moebius_manifest.json"
+#: How a packed checkpoint was made; nothing needs it.
+REPORT_NAME = "moebius_report.json"
 FORMAT_VERSION = 1
 
 
@@ -77,11 +78,17 @@ def read_packed_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         CheckpointError: a checkpoint that Moebius did not pack, or a config that cannot be read.
     """
     path = folder / "config.json"
-    config = read_object(path)
+    config = read_config(path)
     quantization = quantization_of(config, path)
     if quantization is None:
         raise CheckpointError(f"{folder}: got a checkpoint that Moebius did not pack; wanted one with quant_method 'moebius'")
     return config, quantization
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a local folder is a checkpoint that Moebius packed."""
+    path = folder / "config.json"
+    return path.is_file() and quantization_of(read_config(path), path) is not None
 
 
 def verify(folder: Path, *, hashes: bool = False) -> int:
@@ -89,7 +96,8 @@ def verify(folder: Path, *, hashes: bool = False) -> int:
 
     Args:
         folder: the checkpoint.
-        hashes: also read every tensor and compare its sha256; without, only the headers of the files are read.
+        hashes: also read every tensor, compare its sha256, and check what its values say; without, only the headers of the
+            files are read.
 
     Returns:
         How many tensors there are, guards (see :mod:`moebius.checkpoint.guards`) not counted.
@@ -100,9 +108,13 @@ def verify(folder: Path, *, hashes: bool = False) -> int:
     """
     folder = Path(folder)
     config, quantization = read_packed_config(folder)
+    modules = quantization["modules"]
     stored = read_folder(folder, config, guards=True)
-    verify_modules(stored, folder / MANIFEST_NAME, quantization["modules"], hashes=hashes)
-    check_all_listed(stored, quantization["modules"])
+    verify_modules(stored, folder / MANIFEST_NAME, modules, hashes=hashes)
+    check_all_listed(stored, modules)
+    check_routing(config, modules, folder / "config.json")
+    if hashes:
+        check_contents(stored, modules)
     return sum(not tensor.is_guard for tensor in stored.values())
 
 
@@ -129,12 +141,7 @@ def verify_modules(
         raise CheckpointError(f"{name}: in {got[name].file}, but not in the manifest; fetch the checkpoint again")
     for name, tensor in got.items():
         _compare(name, tensor, wanted[name])
-    for module, spec in modules.items():
-        for name, (shape, dtype) in expected_tensors(module, spec).items():
-            if name not in got:
-                raise CheckpointError(f"{name}: missing from {folder}, though config.json says that {module} is packed")
-            if (tensor := got[name]).shape != shape or tensor.dtype != dtype:
-                raise CheckpointError(f"{name}: got {tensor.shape} {tensor.dtype}, wanted {shape} {dtype} as config.json says")
+    check_described(got, modules)
     if hashes:
         check_hashes(got, {name: str(entry.get("sha256")) for name, entry in wanted.items()})
 
@@ -151,33 +158,6 @@ def check_hashes(tensors: Mapping[str, StoredTensor], wanted: Mapping[str, str])
             if found != wanted[name]:
                 file = tensors[name].file
                 raise CheckpointError(f"{name}: the bytes in {file} are not those that were written; fetch it again")
-
-
-def expected_tensors(module: str, spec: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Names, shapes and safetensors dtypes of the tensors that stand for a packed module.
-
-    Args:
-        module: its path, such as ``model.layers.0.mlp.experts.gate_up_proj``.
-        spec: of a :class:`PackedProjection` or a :class:`Packed`.
-
-    Raises:
-        CheckpointError: a spec that no format of this version describes.
-    """
-    packed = packed_from_spec(module, spec)
-    return {f"{module}.{name}": (tuple(t.shape), DTYPE_NAMES[t.dtype]) for name, t in packed.tensors().items()}
-
-
-def packed_from_spec(module: str, spec: Mapping[str, Any]) -> PackedProjection | Packed:
-    """A packed module as its description says it is, with tensors on the meta device.
-
-    Raises:
-        CheckpointError: a spec that no format of this version describes.
-    """
-    try:
-        return empty_projection(dict(spec)) if "factor" in spec else empty_like_spec(dict(spec))
-    except Exception as error:  # whatever a damaged spec does to the constructor of a format
-        message = f"{module}: config.json describes it in a way this version does not know: {first_line(error)}"
-        raise CheckpointError(message) from error
 
 
 def check_version(version: Any, where: str) -> None:

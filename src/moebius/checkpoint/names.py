@@ -15,11 +15,17 @@ from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from moebius.checkpoint.reader import SourceCheckpoint
 from moebius.errors import CheckpointError, UnsupportedModelError
+from moebius.private_transformers import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    get_model_conversion_mapping,
+    rename_source_key,
+    ties_of,
+)
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ def expert_tensor_names(checkpoint: SourceCheckpoint, model: PreTrainedModel, mo
 
 def tied_copies(checkpoint: SourceCheckpoint, model: PreTrainedModel) -> set[str]:
     """Checkpoint tensors that repeat, byte for byte, another one that the model ties them to: a head beside its embeddings."""
-    ties: dict[str, str] = model.all_tied_weights_keys
+    ties = ties_of(model)
     if not ties:
         return set()
     stored = {target: name for name, targets in parameters_of(checkpoint.names(), model).items() for target in targets}

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from moebius.checkpoint.quantized import refuse_codes, refuse_quantized_config
 from moebius.checkpoint.shards import DTYPES, StoredTensor, leftovers, read_folder, weight_files
-from moebius.errors import CheckpointError, ModelNotFoundError
-from moebius.json_file import read_object
+from moebius.errors import CheckpointError, ModelNotFoundError, first_line
+from moebius.json_file import read_config as read_model_config
 from moebius.progress import Progress, Silent
+from moebius.source import path_or_hub_name
 
 # Everything of a hub repository that a checkpoint is made of; not its copies in other formats.
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*"]
@@ -161,20 +162,17 @@ def locate(source: str | Path) -> Path:
     Raises:
         ModelNotFoundError: nothing there.
     """
-    path, text = Path(source).expanduser(), str(source)
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise ModelNotFoundError(f"{source}: is a file; give a checkpoint's folder")
-    if isinstance(source, Path) or path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1:
-        raise ModelNotFoundError(f"{source}: no such folder; give a checkpoint's folder, or a hub name such as owner/model")
+    found = path_or_hub_name(source)
+    if isinstance(found, Path):
+        if not found.is_dir():
+            raise ModelNotFoundError(f"{source}: is a file; give a checkpoint's folder")
+        return found
     from huggingface_hub import snapshot_download  # slow to import, and seldom needed
 
     try:
-        return Path(snapshot_download(text, allow_patterns=_HUB_PATTERNS))
+        return Path(snapshot_download(found, allow_patterns=_HUB_PATTERNS))
     except Exception as error:  # the hub client, its HTTP library and the file system raise a dozen classes for "not there"
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelNotFoundError(f"{source}: no such folder, and the hub did not give it ({reason})") from None
+        raise ModelNotFoundError(f"{source}: no such folder, and the hub did not give it ({first_line(error)})") from None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -187,7 +185,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ModelNotFoundError(f"{folder}: no config.json in this folder; is it a transformers checkpoint?")
-    return read_object(path)
+    return read_model_config(path)
 
 
 @cache

@@ -21,9 +21,9 @@ from moebius.checkpoint.manifest import MANIFEST_NAME, manifest_text
 from moebius.checkpoint.reader import SourceCheckpoint
 from moebius.checkpoint.shards import INDEX_NAME, MemoryTensor, StoredTensor, byte_count, read_shard, sync_folder, write_text
 from moebius.checkpoint.work_folder import WorkFolder
-from moebius.errors import CheckpointError, MoebiusError, OutputError
-from moebius.formats import Packed, PackedProjection, from_tensors
-from moebius.formats.projection import projection_from_tensors
+from moebius.errors import MoebiusError, OutputError
+from moebius.formats import Packed, PackedProjection
+from moebius.formats.projection import module_from_tensors
 
 #: Bytes of a shard of copied tensors; a single larger tensor gets a shard of its own.
 REST_SHARD_BYTES = 2_000_000_000
@@ -132,14 +132,7 @@ class CheckpointWriter:
             CheckpointError: tensors that could not be loaded again, such as scales beyond 16 bit.
         """
         for module, content in packed.items():
-            try:
-                content.check(module)
-            except CheckpointError as error:
-                fault = str(error).replace("; the file is damaged, fetch it again", "")
-                message = (
-                    f"{fault}: quantized weights that no load would accept were not written; are the source's weights sound?"
-                )
-                raise CheckpointError(message) from None
+            content.check(module, "no load would accept it, so it was not written; are the source's weights sound?")
         guards = guard_sources({path: p.spec() for path, p in packed.items()})
         with self._writing():
             self.work.write(f"packed-{name}", [*_sources(packed), *guards], _record(name, packed, entry))
@@ -175,7 +168,7 @@ class CheckpointWriter:
             packed: dict[str, PackedProjection | Packed] = {}
             for module, spec in record["modules"].items():
                 own = {name.removeprefix(f"{module}."): t for name, t in stored.items() if name.startswith(f"{module}.")}
-                packed[module] = projection_from_tensors(spec, own) if "factor" in spec else from_tensors(spec, own)
+                packed[module] = module_from_tensors(spec, own)
             layers[record["name"]] = packed, record["entry"]
         return layers
 

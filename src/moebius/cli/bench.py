@@ -4,30 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
 
-from moebius.cli.options import (
-    AsJson,
-    Bits,
-    Device,
-    DType,
-    Method,
-    Quiet,
-    Rest,
-    Set,
-    display_name,
-    model_or_reference,
-    recipe_from,
-    require_device,
-)
+from moebius.bench.request import BenchRequest
+from moebius.checks import require_device
+from moebius.cli.options import AsJson, Bits, Device, DType, Method, Quiet, Rest, Set
 from moebius.cli.output import note, print_json, print_tables, progress_bars
-from moebius.errors import OutputError, RecipeError
-from moebius.recipe import DEFAULT_METHOD, Recipe
+from moebius.errors import OutputError
+from moebius.recipe import DEFAULT_METHOD
+from moebius.recipe_text import recipe_from
 from moebius.report.tables import TextTable, number, percent
 from moebius.report.tables import size as bytes_text
+from moebius.source import path_or_hub_name
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -108,33 +98,22 @@ def bench(
     without ever being dense; the original only if memory and disk have room for it. --method, --bits, --rest and --set
     say how the reference model or the shape is packed; a checkpoint is as it is.
     """
-    recipe = recipe_from(method, bits, set_, rest)
-    _check_what(packed, original, shape, recipe, original_layers)
-    source = model_or_reference(packed)
-    named_original = None if original is None else model_or_reference(original)
+    request = BenchRequest(packed, original, shape, recipe_from(method, bits, set_, rest), original_layers)
+    for named in (packed, original):
+        path_or_hub_name(named)
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise OutputError(f"--out {out}: wanted a file in a folder that exists")
 
-    from moebius.cli.bench_run import Bench, Conditions, bench_checkpoints, bench_quantized, bench_shape
-    from moebius.cli.loading import quiet_transformers
-    from moebius.evaluate.shapes import shape_config
+    from moebius.bench.measure import Conditions
+    from moebius.bench.run import run_bench
     from moebius.evaluate.speed import SpeedSettings
+    from moebius.hf.loading import quiet_transformers
 
-    config = None if shape is None else shape_config(shape)
     require_device(device)
     quiet_transformers()
     conditions = Conditions(SpeedSettings(prompt, context, new, batch, repeats), device, dtype, threads)
-    with progress_bars(hidden=quiet) as progress, TemporaryDirectory(prefix="moebius-bench-") as work:
-        measured = Bench(conditions, progress)
-        if config is not None:
-            bench_shape(measured, config, recipe, Path(work), original_layers)
-        elif packed is None:
-            bench_quantized(measured, source, recipe, Path(work))
-        else:
-            bench_checkpoints(measured, source, named_original)
-    name = shape or display_name(packed)
-    made = {} if packed is not None else {"recipe": recipe.to_dict()}
-    results = {"name": name, "random_weights": shape is not None, **made, **measured.results()}
+    with progress_bars(hidden=quiet) as progress:
+        results = run_bench(request, conditions, progress)
     if out is not None:
         out.write_text(json.dumps(results, indent=1) + "\n")
     if as_json:
@@ -143,17 +122,6 @@ def bench(
         print_tables(speed_table(results))
     for words in results["missing"]:
         note(f"not measured: {words}")
-
-
-def _check_what(packed: str | None, original: str | None, shape: str | None, recipe: Recipe, layers: int | None) -> None:
-    if shape is None and layers is not None:
-        raise RecipeError(f"--original-layers {layers}: got no --shape; the layers of a checkpoint are what they are")
-    if packed is not None and shape is not None:
-        raise RecipeError(f"--shape {shape}: got a checkpoint as well, {packed}; wanted one of them")
-    if packed is not None and recipe != Recipe.make(DEFAULT_METHOD):
-        raise RecipeError(f"{packed}: is as it was packed; leave out --method, --bits, --rest and --set")
-    if packed is None and original is not None:
-        raise RecipeError(f"--original {original}: got no packed checkpoint to set against it; give both")
 
 
 def speed_table(results: dict[str, Any]) -> TextTable:

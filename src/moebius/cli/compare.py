@@ -2,86 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
-from moebius.cli.options import (
-    AsJson,
-    Calibration,
-    Device,
-    Model,
-    Quiet,
-    Seed,
-    WindowLength,
-    Windows,
-    calibration_from,
-    candidate_from_text,
-    display_name,
-    model_or_reference,
-    require_device,
-    require_free,
-)
+from moebius.checks import require_device, require_free
+from moebius.cli.options import AsJson, Calibration, Device, Model, Quiet, Seed, WindowLength, Windows
 from moebius.cli.output import note, print_json, print_tables, progress_bars
-from moebius.errors import RecipeError
-from moebius.recipe import CalibrationSettings, Recipe
-from moebius.report.comparison import ComparisonRow, comparison_table, samples_markdown, verdict
-from moebius.report.tables import TextTable
-
-#: Label and recipe of every row of a preset, in the order of the table.
-PRESETS = {
-    "demo": [(text, text) for text in ("rtn@1", "gptq@2", "mobie", "mobie gain=true", "moebius")],
-    # Table 4 of MoBiE: which of its three parts buys what.
-    "ablation": [
-        (label, f"mobie cejd={cejd} glas={glas} nges={nges}")
-        for label, cejd, glas, nges in (
-            ("none", "false", "false", "false"),
-            ("CEJD", "true", "false", "false"),
-            ("GLAS", "false", "true", "false"),
-            ("NGES", "false", "false", "true"),
-            ("CEJD + GLAS", "true", "true", "false"),
-            ("CEJD + GLAS + NGES", "true", "true", "true"),
-        )
-    ],
-    # Table 5 of KBVQ-MoE, figures 10 and 11 of MoBiE: their parts on other methods.
-    "plug-and-play": [
-        (text, text)
-        for text in (
-            *(f"{method}{parts}" for method in ("billm", "arb") for parts in ("", " glas=true", " glas=true nges=true")),
-            *(f"gptvq@2{parts}" for parts in ("", " idre=true", " bcos=mean_variance", " idre=true bcos=mean_variance")),
-        )
-    ],
-    # Table 5 of MoBiE, and the pull of its null-space scales.
-    "shared-bits": [(f"{bits} bit", f"mobie shared_bits={bits}") for bits in (16, 8, 4)],
-    "lambda": [(f"λ = 0.{tenth}", f"mobie nges_lambda=0.{tenth}") for tenth in range(1, 10)],
-    # Tables 4, 7, 14 and 15 of KBVQ-MoE.
-    "klt": [
-        ("SVD", "kbvq@2 klt=false"),
-        ("KLT-SVD", "kbvq@2"),
-        *((f"KLT-SVD, rank in/{share}", f"kbvq@2 rank_share={1 / share}") for share in (256, 64, 32)),
-    ],
-    "bcos": [(mode, f"kbvq@2 bcos={mode}") for mode in ("off", "mean", "variance", "mean_variance", "regression")],
-    # Figure 9 of MoBiE: how much it needs to see, and how much it matters what.
-    "calibration": [
-        *((f"{windows} windows", f"mobie gain=true windows={windows}") for windows in (8, 16, 32, 64, 128)),
-        *((f"seed {seed}", f"mobie gain=true seed={seed}") for seed in (1, 2, 3)),
-    ],
-    "methods": [
-        (text, text)
-        for text in (
-            *(f"{method}@1{gain}" for method in ("rtn", "gptq") for gain in ("", " gain=true")),
-            *("mobie", "mobie gain=true", "rtn@2 gain=true", "gptq@2", "gptq@2 gain=true"),
-            *("gptvq@2 error_feedback=false", "gptvq@2", "kbvq@2", "bitsmoe@2"),
-            *(f"{method}{parts}" for method in ("arb", "billm") for parts in ("", " gain=true glas=true nges=true")),
-            *("gptq@3", "bitsmoe@3"),
-        )
-    ],
-}
-#: Presets in which every recipe has a row of ``moebius`` beside it.
-MATCHED = ("methods",)
+from moebius.compare.presets import MATCHED, chosen_recipes
+from moebius.recipe import CalibrationSettings
+from moebius.recipe_text import calibration_from
+from moebius.source import display_name, path_or_hub_name
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -143,79 +75,26 @@ def compare(
     settings = calibration_from(calibration, windows, window_length, seed)
     candidates = chosen_recipes(recipe or [], preset, settings)
     held_out = calibration_from(text, text_windows, window_length, seed, split="held-out")
-    source = model_or_reference(model)
+    source = str(path_or_hub_name(model))
     out = require_free(out)
 
-    from moebius.cli.comparison_run import Comparison, WorkFolder, folder_name, run_comparison
-    from moebius.evaluate.samples import PROMPTS
+    from moebius.compare.results import Comparison, has_figures
+    from moebius.compare.run import compare_models
+    from moebius.generation.complete import PROMPTS
+    from moebius.hf.loading import quiet_transformers
     from moebius.memory import WHILE_QUANTIZING, keep_freed_memory
 
     require_device(device)
-    comparison = Comparison(source, candidates, held_out, PROMPTS[:samples], device, settings if preset in MATCHED else None)
-    work = WorkFolder(out, {"source": source, **comparison.to_dict()})
+    quiet_transformers()
+    matched = settings if preset in MATCHED else None
+    comparison = Comparison(display_name(model), source, candidates, settings, held_out, PROMPTS[:samples], device, matched)
     keep_freed_memory(WHILE_QUANTIZING)
     with progress_bars(hidden=quiet) as progress:
-        comparison, rows = run_comparison(comparison, work, progress)
-    comment = (
-        f"{held_out.windows * (held_out.window_length - 1):,} held-out tokens of {held_out.text!r};"
-        f" calibration on {settings.windows} windows of {settings.window_length} of {settings.text!r}"
-        f"{', unless the recipe says otherwise' if any(own != settings for _, own in candidates.values()) else ''}"
-    )
-    if comparison.matched is not None:
-        comment += f"\n{verdict(rows)}"
-    table = comparison_table(rows, title=display_name(model), note=comment)
-    results = {
-        "model": display_name(model),
-        **comparison.to_dict(),
-        "rows": [{**row.to_dict(), "folder": None if row.recipe is None else folder_name(row.label)} for row in rows],
-    }
-    _write(work.folder, results, table, rows, comparison.prompts)
-    work.finish()
+        result = compare_models(comparison, out, progress)
     if as_json:
-        print_json(results)
+        print_json(result.to_dict())
         return
-    print_tables(table, *_sample_tables(rows, comparison.prompts))
-    note(f"written to {out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
-
-
-def chosen_recipes(
-    texts: list[str], preset: str | None, calibration: CalibrationSettings
-) -> dict[str, tuple[Recipe, CalibrationSettings]]:
-    """Label to recipe and what it looks at, of the preset first.
-
-    Raises:
-        RecipeError: two recipes with one label.
-    """
-    presets = PRESETS[preset or "demo"] if preset or not texts else []
-    candidates: dict[str, tuple[Recipe, CalibrationSettings]] = {}
-    for label, text in [*presets, *((" ".join(text.split()), text) for text in texts)]:
-        if label in candidates:
-            raise RecipeError(f"recipe {label!r}: got it twice, wanted every recipe once")
-        candidates[label] = candidate_from_text(text, calibration)
-    return candidates
-
-
-def _write(
-    folder: Path, results: dict[str, Any], table: TextTable, rows: list[ComparisonRow], prompts: tuple[str, ...]
-) -> None:
-    """results.json, comparison.md and, where matplotlib is installed, comparison.png."""
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    samples = f"\n{samples_markdown(rows, prompts)}" if prompts else ""
-    (folder / "comparison.md").write_text(f"{table.markdown()}\n{table.note}\n{samples}")
-    if find_spec("matplotlib") is None:
+    print_tables(result.table(), *result.sample_tables())
+    if not has_figures():
         note("no figure: matplotlib is not installed; pip install 'moebius[plots]'")
-        return
-
-    from moebius.report.figures import comparison_figure
-
-    comparison_figure(rows, folder / "comparison.png")
-
-
-def _sample_tables(rows: list[ComparisonRow], prompts: tuple[str, ...]) -> list[TextTable]:
-    """For every prompt, what each model wrote after it."""
-    return [
-        TextTable(
-            f"After {prompt!r}", ("model", "completion"), tuple((row.label, row.completions[i].strip()) for row in rows), 2
-        )
-        for i, prompt in enumerate(prompts)
-    ]
+    note(f"written to {out}: {', '.join(sorted(p.name for p in out.iterdir()))}")

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from moebius.cli.options import (
-    AsJson,
-    Bos,
-    Device,
-    DType,
-    Model,
-    Quiet,
-    Seed,
-    display_name,
-    model_or_reference,
-    require_device,
-    require_text,
-)
+from moebius.checks import require_device
+from moebius.cli.options import AsJson, Bos, Device, DType, Model, Quiet, Seed
 from moebius.cli.output import note, print_json, print_tables, progress_bars
 from moebius.errors import RecipeError, TaskError
+from moebius.recipe_text import require_text
 from moebius.report.tables import TextTable, number, percent
+from moebius.source import display_name, path_or_hub_name
 
 if TYPE_CHECKING:
-    from moebius.evaluate.evaluation import Evaluation
+    from moebius.evaluate.run import EvaluationResult
+    from moebius.evaluate.task_run import TaskRequest
     from moebius.evaluate.tasks import TaskScore
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -107,25 +98,6 @@ Limit = Annotated[int | None, typer.Option(min=1, help="Documents of each task. 
 RunCode = Annotated[bool, typer.Option("--run-generated-code", help="Let tasks run what the model writes (MBPP, HumanEval).")]
 
 
-@dataclass(frozen=True)
-class TaskQuestion:
-    """What to ask: a model, tasks as given, and how."""
-
-    source: str
-    tasks: str
-    task_path: Path | None = None
-    few_shot: int | None = None
-    limit: int | None = None
-    run_generated_code: bool = False
-    dtype: str = "float32"
-    device: str = "cpu"
-    batch_size: int = 1
-
-    def settings(self) -> dict[str, Any]:
-        """What the figures depend on, ready for JSON."""
-        return {"tasks": self.tasks, "few_shot": self.few_shot, "limit": self.limit, "dtype": self.dtype}
-
-
 def evaluate(
     model: Model = None,
     reference: Annotated[
@@ -182,12 +154,15 @@ def evaluate(
     require_text(text)
     if top_k is not None and save_reference is None:
         raise RecipeError("--top-k: says what --save-reference stores; give both, or neither")
-    source = model_or_reference(model)
+    source = str(path_or_hub_name(model))
     if tasks is not None:
         _require_none(
             "--tasks", "measures no text", reference, protocol, text, windows, window_length, save_reference, routing_from
         )
-        asked = TaskQuestion(source, tasks, task_path, few_shot, limit, run_generated_code, dtype, device, batch_size or 1)
+
+        from moebius.evaluate.task_run import TaskRequest
+
+        asked = TaskRequest(source, tasks, task_path, few_shot, limit, run_generated_code, dtype, device, batch_size or 1)
         _evaluate_tasks(asked, display_name(model), as_json, quiet)
         return
     _require_none(
@@ -195,35 +170,36 @@ def evaluate(
         "belong to --tasks",
         *(task_path, few_shot, limit, run_generated_code or None),
     )
-    original = None if reference is None else model_or_reference(reference)
-    router = None if routing_from is None else model_or_reference(routing_from)
+    original = None if reference is None else str(path_or_hub_name(reference))
+    router = None if routing_from is None else str(path_or_hub_name(routing_from))
 
-    from moebius.cli.evaluate_run import Question, run_evaluation
-    from moebius.evaluate.size import is_packed
+    from moebius import api
+    from moebius.checkpoint.manifest import is_packed
+    from moebius.hf.loading import quiet_transformers
 
-    require_device(device)
-    question = Question(
-        source=source,
-        reference=original,
-        routing_from=router,
-        protocol=protocol,
-        text=text,
-        windows=windows,
-        window_length=window_length,
-        seed=seed,
-        bos=bos,
-        dtype=dtype,
-        device=device,
-        batch_size=batch_size,
-        save_reference=save_reference,
-        top_k=top_k,
-    )
+    quiet_transformers()
     with progress_bars(hidden=quiet) as progress:
-        answer = run_evaluation(question, progress)
+        result = api.evaluate(
+            source,
+            original,
+            protocol=protocol,
+            text=text,
+            windows=windows,
+            window_length=window_length,
+            bos=bos,
+            seed=seed,
+            save_reference=save_reference,
+            top_k=top_k,
+            routing_from=router,
+            batch_size=batch_size,
+            dtype=dtype,
+            device=device,
+            progress=progress,
+        )
     if as_json:
-        print_json({"model": source, **answer.to_dict()})
+        print_json({"model": source, **result.to_dict()})
     else:
-        print_tables(*evaluation_tables(display_name(model), answer.evaluation, answer.description))
+        print_tables(*evaluation_tables(display_name(model), result))
     if save_reference is not None:
         note(f"stored; compare with it: moebius evaluate PACKED --reference {save_reference}")
     elif reference is None and is_packed(Path(source)):
@@ -235,19 +211,21 @@ def _require_none(what: str, why: str, *values: object) -> None:
         raise TaskError(f"{what}: {why}; ask for texts and tasks in two runs")
 
 
-def _evaluate_tasks(question: TaskQuestion, name: str, as_json: bool, quiet: bool) -> None:
-    require_device(question.device)
+def _evaluate_tasks(request: TaskRequest, name: str, as_json: bool, quiet: bool) -> None:
+    require_device(request.device)
 
-    from moebius.cli.evaluate_tasks import run_tasks
+    from moebius.evaluate.task_run import run_tasks
+    from moebius.hf.loading import quiet_transformers
 
-    scores = run_tasks(question, quiet or as_json)
+    quiet_transformers()
+    scores = run_tasks(request, quiet or as_json)
     if as_json:
-        print_json({"model": question.source, **question.settings(), "scores": [score.to_dict() for score in scores]})
+        print_json({"model": request.source, **request.settings(), "scores": [score.to_dict() for score in scores]})
         return
-    print_tables(task_table(name, scores, question.limit))
+    print_tables(task_table(name, scores, request.limit))
 
 
-def evaluation_tables(name: str, result: Evaluation, description: str) -> list[TextTable]:
+def evaluation_tables(name: str, result: EvaluationResult) -> list[TextTable]:
     """The figures, and the routing similarity of each layer where there was a reference."""
     rows = [("perplexity", number(result.perplexity, 3) + _error(result.perplexity_error, 2))]
     if result.kl is not None:
@@ -259,7 +237,7 @@ def evaluation_tables(name: str, result: Evaluation, description: str) -> list[T
             ("top-1 agreement", percent(result.top1_agreement, 2) + _error(result.top1_error, 2, 100)),
             ("routing similarity, mean", number(result.mean_routing_similarity, 4)),
         ]
-    title = f"{name}, {result.tokens:,} scored tokens ({description})"
+    title = f"{name}, {result.tokens:,} scored tokens ({result.description})"
     tables = [TextTable(title, ("", "value"), tuple(rows))]
     if result.routing_similarity:
         layers = tuple((str(i), number(s, 4)) for i, s in enumerate(result.routing_similarity, 1))
@@ -281,5 +259,5 @@ def task_table(name: str, scores: Sequence[TaskScore], limit: int | None) -> Tex
     return TextTable(f"{name}, by lm-eval", ("task", "metric", "value", "few-shot", "documents"), tuple(rows), 2, note)
 
 
-def _error(value: float | None, digits: int, factor: float = 1) -> str:
-    return "" if value is None else f" ± {number(value * factor, digits)}"
+def _error(value: float | None, digits: int, times: float = 1) -> str:
+    return "" if value is None else f" ± {number(value * times, digits)}"

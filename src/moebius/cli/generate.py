@@ -7,20 +7,11 @@ from typing import Annotated
 
 import typer
 
-from moebius.cli.options import (
-    AsJson,
-    Device,
-    DType,
-    Model,
-    Quiet,
-    Seed,
-    Temperature,
-    model_or_reference,
-    require_device,
-    require_temperature,
-)
+from moebius.checks import require_device, require_temperature
+from moebius.cli.options import AsJson, Device, DType, Model, Quiet, Seed, Temperature
 from moebius.cli.output import note, print_json
 from moebius.errors import RecipeError
+from moebius.source import path_or_hub_name
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -47,25 +38,33 @@ def generate(
     if prompt == "":
         raise RecipeError("--prompt: got an empty text, wanted at least one character")
     require_temperature(temperature)
-    source = model_or_reference(model)
+    source = path_or_hub_name(model)
 
-    from transformers import TextStreamer
-
-    from moebius.cli.loading import load_model, load_tokenizer
-    from moebius.evaluate.samples import PROMPTS, complete
+    from moebius.generation.complete import PROMPTS, complete
+    from moebius.hf.loading import load_model, load_tokenizer, quiet_transformers
 
     require_device(device)
+    quiet_transformers()
     # Bytes that the terminal's encoding does not know come as halves of surrogate pairs, which no tokenizer takes.
     prompt = PROMPTS[0] if prompt is None else prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     tokenizer = load_tokenizer(source)
     loaded = load_model(source, dtype, device)
-    streamer = None if as_json else TextStreamer(tokenizer, skip_special_tokens=True)  # prints the prompt as well
     began = time.perf_counter()
-    written = complete(loaded, tokenizer, prompt, tokens, temperature=temperature, seed=seed, streamer=streamer)
+    if not as_json:
+        _show(prompt)
+    written = complete(
+        loaded, tokenizer, prompt, tokens, temperature=temperature, seed=seed, on_text=None if as_json else _show
+    )
     seconds = time.perf_counter() - began
     if as_json:
         shown = {"completion": written.text, "tokens": written.tokens, "seconds": seconds}
-        print_json({"model": source, "prompt": prompt, **shown})
-    elif not quiet:
+        print_json({"model": str(source), "prompt": prompt, **shown})
+        return
+    print(flush=True)
+    if not quiet:
         rate = written.tokens / seconds
         note(f"{written.tokens} tokens in {seconds:.1f} s, {rate:.1f} tokens/s with reading the prompt")
+
+
+def _show(text: str) -> None:
+    print(text, end="", flush=True)

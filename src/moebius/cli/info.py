@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moebius.cli.options import AsJson, Model, display_name, model_or_reference
+from moebius.cli.options import AsJson, Model
 from moebius.cli.output import note, print_json, print_tables
-from moebius.errors import CheckpointError
-from moebius.json_file import field, read_object
 from moebius.report.tables import TextTable, number
 from moebius.report.tables import size as bytes_text
+from moebius.source import display_name, path_or_hub_name
 
 if TYPE_CHECKING:
     from moebius.evaluate.size import ModelSize
@@ -36,56 +34,26 @@ def info(
     Every stored byte counts: signs, masks, scales, shared factors, padding. The paper's activated average (MoBiE Eq. 46) is
     what one token touches; it is smaller than what is stored, and labelled as such.
     """
-    source = model_or_reference(model)
+    source = path_or_hub_name(model)
 
-    from moebius.checkpoint.manifest import read_packed_config
-    from moebius.checkpoint.manifest import verify as verify_manifest
-    from moebius.cli.loading import checkpoint_folder, quiet_transformers
-    from moebius.evaluate.plan import checkpoint_size
-    from moebius.evaluate.size import is_packed, packed_checkpoint_size
+    from moebius.evaluate.info import checkpoint_info
+    from moebius.hf.loading import quiet_transformers
 
     quiet_transformers()
-    folder = checkpoint_folder(source)
-    packed = is_packed(folder)
-    if verify and not packed:
-        raise CheckpointError(f"{source}: got a checkpoint that Moebius did not pack, which has no manifest to verify")
-    if verify:
-        verify_manifest(folder, hashes=True)
-    size = packed_checkpoint_size(folder) if packed else checkpoint_size(folder)
-    quantization = read_packed_config(folder)[1] if packed else {}
-    layers = report_layers(folder) if packed else []
+    found = checkpoint_info(source, verified=verify)
     if as_json:
-        recipe = {key: quantization[key] for key in ("format_version", "recipe", "calibration") if key in quantization}
-        print_json({"model": source, "verified": verify, **size.to_dict(), **recipe, "layers": layers})
+        print_json({"model": str(source), **found.to_dict()})
         return
-    tables = [size_table(display_name(model), size)]
-    if packed:
-        tables += [module_table(size), recipe_table(quantization)]
-    if counted := [layer for layer in layers if "tokens_per_expert" in layer]:
+    tables = [size_table(display_name(model), found.size)]
+    if found.packed:
+        tables += [module_table(found.size), recipe_table(found.quantization)]
+    if counted := [layer for layer in found.layers if "tokens_per_expert" in layer]:
         tables.append(tokens_table(counted))
     print_tables(*tables)
-    if said := size.not_loaded.line():
+    if said := found.size.not_loaded.line():
         note(said)
     if verify:
         note("verified: every tensor is the one that was written")
-
-
-def report_layers(folder: Path) -> list[dict[str, Any]]:
-    """What the report of a packed checkpoint says of its layers; nothing where there is no report.
-
-    Raises:
-        CheckpointError: a report that cannot be read, or is none.
-    """
-    path = folder / "moebius_report.json"
-    if not path.exists():
-        return []
-    layers: list[Any] = field(read_object(path), "layers", list, path, [])
-    for layer in layers:
-        counts = layer.get("tokens_per_expert", [0]) if isinstance(layer, dict) else None
-        named = isinstance(layer, dict) and isinstance(layer.get("name"), str)
-        if not named or not isinstance(counts, list) or not counts or not all(isinstance(n, int) for n in counts):
-            raise CheckpointError(f"{path}: layers hold {str(layer)[:60]!r}, wanted names and counts; fetch it again")
-    return layers
 
 
 def size_table(name: str, size: ModelSize) -> TextTable:
@@ -127,7 +95,7 @@ def tokens_table(layers: list[dict[str, Any]]) -> TextTable:
     rows = []
     for layer in layers:
         tokens = layer["tokens_per_expert"]
-        leaned = ", ".join(map(str, layer["leaned_on_layer"])) or "none"
-        rows.append((layer["name"], leaned, *(f"{value:,.0f}" for value in (min(tokens), median(tokens), max(tokens)))))
-    columns = ("layer", "experts that leaned on their layer", "fewest", "median", "most")
+        shrunk = ", ".join(map(str, layer.get("leaned_on_layer", []))) or "none"
+        rows.append((layer["name"], shrunk, *(f"{value:,.0f}" for value in (min(tokens), median(tokens), max(tokens)))))
+    columns = ("layer", "experts shrunk towards their layer", "fewest", "median", "most")
     return TextTable("Tokens per expert during calibration", columns, tuple(rows), text_columns=2)

@@ -6,22 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moebius.cli.options import (
-    AsJson,
-    Bits,
-    Method,
-    Rest,
-    Set,
-    WindowLength,
-    Windows,
-    display_name,
-    model_or_reference,
-    recipe_from,
-)
+from moebius.cli.options import AsJson, Bits, Method, Rest, Set, WindowLength, Windows
 from moebius.cli.output import note, print_json, print_tables
 from moebius.recipe import DEFAULT_METHOD, CalibrationSettings
+from moebius.recipe_text import recipe_from
 from moebius.report.tables import TextTable, number
 from moebius.report.tables import size as bytes_text
+from moebius.source import display_name, path_or_hub_name
 
 if TYPE_CHECKING:
     from moebius.evaluate.plan import Plan
@@ -56,10 +47,10 @@ def plan(
     its libraries, half a gigabyte, come on top.
     """
     recipe = recipe_from(method, bits, set_, rest)
-    source = model_or_reference(model)
+    source = str(path_or_hub_name(model))
 
-    from moebius.cli.loading import quiet_transformers
     from moebius.evaluate.plan import plan_model
+    from moebius.hf.loading import quiet_transformers
 
     quiet_transformers()
     planned = plan_model(source, recipe, CalibrationSettings(windows=windows, window_length=window_length))

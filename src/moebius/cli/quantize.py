@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from moebius.checks import require_device, require_free
 from moebius.cli.options import (
     AsJson,
     Bits,
@@ -21,15 +22,11 @@ from moebius.cli.options import (
     Set,
     WindowLength,
     Windows,
-    calibration_from,
-    display_name,
-    model_or_reference,
-    recipe_from,
-    require_device,
-    require_free,
 )
 from moebius.cli.output import note, print_json, print_tables, progress_bars
 from moebius.recipe import DEFAULT_METHOD, CalibrationSettings, Recipe
+from moebius.recipe_text import calibration_from, recipe_from
+from moebius.source import display_name, path_or_hub_name
 from moebius.unfinished import is_begun
 
 EXAMPLES = """[bold]Examples[/bold] (moebius methods NAME: what a method can be told)
@@ -71,13 +68,13 @@ def quantize(
     """
     recipe = recipe_from(method, bits, [*(set_ or []), *(["refine=true"] if refine else [])], rest)
     settings = calibration_from(calibration, windows, window_length, seed, bos=bos)
-    source = model_or_reference(model)
+    source = str(path_or_hub_name(model))
     folder = (out or default_folder(source, recipe)).expanduser()
     if not is_begun(folder):  # else the run looks closer: what is there may be what an earlier one left
         require_free(folder)
 
-    from moebius.cli.loading import quiet_transformers
     from moebius.evaluate.size import packed_checkpoint_size
+    from moebius.hf.loading import quiet_transformers
     from moebius.memory import WHILE_QUANTIZING, keep_freed_memory
     from moebius.pipeline import quantize_model
 

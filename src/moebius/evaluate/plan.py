@@ -17,8 +17,9 @@ from moebius.checkpoint.names import expert_tensor_names
 from moebius.checkpoint.not_loaded import not_loaded
 from moebius.checkpoint.quantized import refuse_quantized_config
 from moebius.checkpoint.reader import SourceCheckpoint
+from moebius.checkpoint.routing import experts_per_token
 from moebius.errors import CheckpointError, ModelNotFoundError
-from moebius.evaluate.size import ModelSize, ModuleSize, experts_per_token, file_bytes, folder_bytes, packed_module
+from moebius.evaluate.size import ModelSize, ModuleSize, file_bytes, folder_bytes, packed_module
 from moebius.formats import Packed, PackedProjection
 from moebius.methods import METHODS
 from moebius.methods.linear import packed_linears, plan_linear

@@ -41,11 +41,6 @@ class EvaluationText:
     first_target: int = 1
     independent: str = "windows"
 
-    @property
-    def targets_per_window(self) -> int:
-        """How many tokens of a window are scored."""
-        return self.windows.shape[1] - self.first_target
-
 
 @dataclass(frozen=True)
 class Protocol:

@@ -7,20 +7,20 @@ expert weight, bits per weight of the whole model, bytes on disk; and, labelled 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moebius.checkpoint.manifest import packed_from_spec, quantization_of, read_packed_config
+from moebius.checkpoint.described import check_described, packed_from_spec
+from moebius.checkpoint.manifest import read_packed_config
 from moebius.checkpoint.not_loaded import NotLoaded, not_loaded
+from moebius.checkpoint.routing import check_routing, experts_per_token
 from moebius.checkpoint.shards import StoredTensor, read_folder
 from moebius.errors import CheckpointError, MoebiusError
 from moebius.formats import Packed, PackedProjection
-from moebius.json_file import read_object
 from moebius.models.load import skeleton
-
-_TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts", "experts_per_token")
+from moebius.types import MoeModel
 
 
 @dataclass(frozen=True)
@@ -175,17 +175,15 @@ def packed_checkpoint_size(folder: Path) -> ModelSize:
     """
     config, quantization = read_packed_config(folder)
     stored = read_folder(folder, config)
-    modules, claimed = [], set()
-    for name, spec in quantization["modules"].items():
-        packed = packed_from_spec(name, spec)
-        module = packed_module(name, packed)
-        names = {f"{name}.{tensor}" for tensor in packed.tensors()}
-        in_files = sum(_bits(stored[n]) for n in names & stored.keys())
-        if in_files != module.stored_bits:
-            raise CheckpointError(f"{name}: the files hold {in_files} bits, wanted {module.stored_bits} as the config says")
-        claimed |= names
-        modules.append(module)
+    check_described(stored, quantization["modules"])
+    check_routing(config, quantization["modules"], folder / "config.json")
+    packed = {name: packed_from_spec(name, spec) for name, spec in quantization["modules"].items()}
+    modules = [packed_module(name, module) for name, module in packed.items()]
+    claimed = {f"{name}.{tensor}" for name, module in packed.items() for tensor in module.tensors()}
     rest = [tensor for name, tensor in stored.items() if name not in claimed]
+    moe = _model_of(folder)
+    if moe is not None:
+        _check_shapes(modules, moe)
     return ModelSize(
         modules=tuple(modules),
         other_weights=sum(math.prod(t.shape) for t in rest),
@@ -193,16 +191,31 @@ def packed_checkpoint_size(folder: Path) -> ModelSize:
         top_k=experts_per_token(config),
         file_bytes=file_bytes(folder),
         folder_bytes=folder_bytes(folder),
-        not_loaded=_not_loaded(folder, stored, claimed),
+        not_loaded=NotLoaded() if moe is None else not_loaded(stored, moe, claimed),
     )
 
 
-def _not_loaded(folder: Path, stored: Mapping[str, StoredTensor], claimed: Collection[str]) -> NotLoaded:
+def _model_of(folder: Path) -> MoeModel | None:
+    """On the meta device; None for a model that this transformers does not know, whose sizes can still be said."""
     try:
-        moe = skeleton(folder)
-    except MoebiusError:  # of a model that this transformers does not know, sizes can still be said
-        return NotLoaded()
-    return not_loaded(stored, moe, claimed)
+        return skeleton(folder)
+    except MoebiusError:
+        return None
+
+
+def _check_shapes(modules: Iterable[ModuleSize], moe: MoeModel) -> None:
+    """Refuse packed matrices that are not those of the model, as far as both call them by the same names."""
+    shapes: dict[str, tuple[int, ...]] = {name: tuple(p.shape) for name, p in moe.model.named_parameters()}
+    for layer in moe.moe_layers:
+        layout, channels = layer.layout, layer.layout.inner * (2 if layer.layout.has_gate else 1)
+        shapes[f"{layer.name}.{layout.gate_up_name}"] = (layout.experts, channels, layout.hidden)
+        shapes[f"{layer.name}.{layout.down_name}"] = (layout.experts, layout.hidden, layout.inner)
+    for module in modules:
+        got, name = (module.shape, module.name) if module.kind == "experts" else (module.shape[1:], f"{module.name}.weight")
+        if name in shapes and got != shapes[name]:
+            raise CheckpointError(
+                f"{module.name}: packed as {got}, but the model that config.json describes wants {shapes[name]}"
+            )
 
 
 def file_bytes(folder: Path) -> int:
@@ -217,22 +230,3 @@ def folder_bytes(folder: Path) -> int:
 
 def _bits(tensor: StoredTensor) -> int:
     return 8 * (tensor.end - tensor.begin)
-
-
-def is_packed(folder: Path) -> bool:
-    """Whether a local folder is a checkpoint that Moebius packed."""
-    path = folder / "config.json"
-    return path.is_file() and quantization_of(read_object(path), path) is not None
-
-
-def experts_per_token(config: Mapping[str, Any]) -> int | None:
-    """Top-k of a model, by whichever name its config.json uses; None if by none that is known."""
-    for part in (config, *_nested(config.values())):
-        for name in _TOP_K_NAMES:
-            if isinstance(part.get(name), int) and part[name] > 0:
-                return part[name]
-    return None
-
-
-def _nested(values: Iterable[Any]) -> Iterable[Mapping[str, Any]]:
-    return (v for v in values if isinstance(v, Mapping))

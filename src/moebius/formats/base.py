@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moebius.errors import CheckpointError, ShapeError
-from moebius.formats.numbers import check_fields
+from moebius.formats.numbers import check_fields, plain_fields, stored_fields
 from moebius.table import Table
 
 FORMATS = Table(
@@ -29,6 +29,10 @@ FORMATS = Table(
         "trellis": "moebius.formats.trellis:Trellis",
     },
 )
+
+
+#: What to do about tensors that are not what was written.
+DAMAGED = "the file is damaged, fetch it again"
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,18 @@ class Packed(ABC):
         self.unpack_to(out, index)
         return out
 
-    @abstractmethod
     def unpack_to(self, out: Tensor, index: Tensor | None = None) -> None:
         """Write what :meth:`unpack` returns to ``out``, float32 (chosen, rows, columns) and contiguous."""
+        if out.numel():  # a budget may leave a factor without rows or columns
+            self._unpack_to(out, index)
+
+    @abstractmethod
+    def _unpack_to(self, out: Tensor, index: Tensor | None) -> None:
+        """:meth:`unpack_to` where there is something to write."""
+
+    def is_zero(self) -> bool:
+        """Whether nothing is stored that its matrices could differ from zero by."""
+        return self.rows * self.columns == 0
 
     @abstractmethod
     def expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -93,37 +106,49 @@ class Packed(ABC):
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
-    def check(self, where: str) -> None:
-        """Refuse tensors that are missing, extra, of the wrong shape or dtype, or not finite.
+    def check(self, where: str, advice: str = DAMAGED) -> None:
+        """Refuse numbers that contradict each other, and tensors that are not what the numbers say.
+
+        Args:
+            where: path of the module, for the message.
+            advice: what to do about it, for the message.
 
         Raises:
+            ShapeError: see :meth:`check_numbers`.
             CheckpointError: naming the tensor, what it is and what it should be.
         """
         try:
             self.check_numbers()
         except ShapeError as error:
-            raise ShapeError(f"{where}: {error}") from None
+            raise ShapeError(f"{where}: {error}; {advice}") from None
+        for fault in self.faults():
+            raise CheckpointError(f"{where}.{fault}; {advice}")
+
+    def faults(self) -> Iterator[str]:
+        """What is wrong with the tensors, each in words that begin with its name; of those on the meta device, their shapes."""
+        yield from (faults := list(self._tensor_faults()))
+        if not faults and not any(tensor.is_meta for tensor in self.tensors().values()):
+            yield from self.value_faults()
+
+    def _tensor_faults(self) -> Iterator[str]:
         expected, got = self.expected(), self.tensors()
-        for name in expected.keys() - got.keys():
-            raise CheckpointError(f"{where}.{name}: missing from the checkpoint")
-        for name in got.keys() - expected.keys():
-            raise CheckpointError(f"{where}.{name}: not part of format {self.name!r} with {self.spec()}")
-        for name, (shape, dtype) in expected.items():
-            tensor = got[name]
+        for name in sorted(expected.keys() - got.keys()):
+            yield f"{name}: missing from the checkpoint"
+        for name in sorted(got.keys() - expected.keys()):
+            yield f"{name}: not part of format {self.name!r} with {self.spec()}"
+        for name in sorted(expected.keys() & got.keys()):
+            (shape, dtype), tensor = expected[name], got[name]
             if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-                raise CheckpointError(f"{where}.{name}: got {tuple(tensor.shape)} {tensor.dtype}, wanted {shape} {dtype}")
-            if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
-                raise CheckpointError(f"{where}.{name}: holds NaN or Inf; the file is damaged, fetch it again")
-        if not any(tensor.is_meta for tensor in got.values()):
-            self.check_values(where)
+                yield f"{name}: got {tuple(tensor.shape)} {tensor.dtype}, wanted {shape} {dtype}"
+            elif tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
+                yield f"{name}: holds NaN or Inf"
 
-    def check_values(self, where: str) -> None:
-        """Refuse values that say where others lie and point beside them. Shapes have been checked.
+    def value_faults(self) -> Iterator[str]:
+        """As :meth:`faults`, of values that say where others lie and point beside them, or that overflow. Formats add theirs.
 
-        Raises:
-            CheckpointError: names the tensor.
+        Only asked where all tensors are there, finite and of the right shapes.
         """
-        return
+        yield from ()
 
 
 def from_tensors(spec: dict[str, Any], tensors: dict[str, Tensor]) -> Packed:
@@ -137,11 +162,11 @@ def from_tensors(spec: dict[str, Any], tensors: dict[str, Tensor]) -> Packed:
     if not isinstance(spec.get("format"), str):
         raise ShapeError(f"got a description without the name of a format: {str(spec)[:60]}")
     kind = FORMATS[spec.pop("format")]
-    known = {f.name for f in dataclasses.fields(kind)}
-    if unknown := (spec.keys() | tensors.keys()) - known:
-        raise ShapeError(
-            f"format {kind.name!r}: unknown fields {', '.join(sorted(unknown))}; wanted some of {', '.join(sorted(known))}"
-        )
+    for got, known in ((spec.keys(), plain_fields(kind).keys()), (tensors.keys(), stored_fields(kind))):
+        if unknown := got - known:
+            raise ShapeError(
+                f"format {kind.name!r}: unknown fields {', '.join(sorted(unknown))}; wanted some of {', '.join(sorted(known))}"
+            )
     if missing := {"batch", "rows", "columns"} - spec.keys():
         raise ShapeError(f"format {kind.name!r}: {', '.join(sorted(missing))} missing from its description")
     if clash := [name for name, value in spec.items() if not isinstance(value, (bool, int, float, str))]:

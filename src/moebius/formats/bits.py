@@ -6,6 +6,7 @@ a byte of its own.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 
 import torch
@@ -89,3 +90,17 @@ def _spread_bytes(bits: int, device: torch.device) -> Tensor:
 def unpack_signs(packed: Tensor, columns: int) -> Tensor:
     """Bits as signs: int8 (..., columns), +1 for a set bit and -1 for a clear one."""
     return unpack(packed, 1, columns).to(torch.int8) * 2 - 1
+
+
+def count_faults(name: str, masks: Tensor, columns: int, wanted: int) -> Iterator[str]:
+    """Says so if a mask among (batch, packed_width(columns, 1)) marks another number of columns than it should.
+
+    Args:
+        name: of the tensor, for the message.
+        masks: packed, a bit for each column.
+        columns: of the matrices.
+        wanted: how many of them each mask marks.
+    """
+    counts = unpack(masks, 1, columns).sum(1)
+    if wrong := (counts != wanted).nonzero().flatten().tolist():
+        yield f"{name}: marks {int(counts[wrong[0]])} columns of matrix {wrong[0]}, wanted {wanted} of each"

@@ -13,6 +13,10 @@ from torch import Tensor
 
 from moebius.formats.base import Packed
 from moebius.formats.bits import pack, packed_width, unpack
+from moebius.formats.numbers import within
+
+# A vector may reach beyond its row, but not so far that unpacking takes many times what the matrix does.
+_LONGEST = 16
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ class Codebook(Packed):
         """Codes per row."""
         return -(-self.columns // self.length)
 
-    def unpack_to(self, out: Tensor, index: Tensor | None = None) -> None:
+    def _unpack_to(self, out: Tensor, index: Tensor | None) -> None:
         assert self.codes is not None and self.codebooks is not None
         pick = slice(None) if index is None else index
         codes = unpack(self.codes[pick], self.code_bits, self.vectors).long().flatten(1)  # (chosen, rows * vectors)
@@ -98,6 +102,11 @@ class Codebook(Packed):
             out.baddbmm_(loadings, directions.expand(len(loadings), -1, -1))
         if self.row_scales is not None:
             out *= self.row_scales[pick].float().unsqueeze(2)
+
+    def check_numbers(self) -> None:
+        super().check_numbers()
+        within(self, "rank", 0, self.columns)
+        within(self, "length", 1, max(self.columns, _LONGEST))
 
     def expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {

@@ -25,7 +25,7 @@ class Dense(Packed):
         batch, rows, columns = matrices.shape
         return cls(batch, rows, columns, str(dtype).removeprefix("torch."), matrices.to(dtype).contiguous())
 
-    def unpack_to(self, out: Tensor, index: Tensor | None = None) -> None:
+    def _unpack_to(self, out: Tensor, index: Tensor | None) -> None:
         assert self.values is not None
         out.copy_(self.values if index is None else self.values[index])
 

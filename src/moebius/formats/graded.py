@@ -7,7 +7,7 @@ around zero, ``scale · (code − (2**bits − 1)/2)``, with a scale per directi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from moebius.errors import ShapeError
 from moebius.formats.base import Packed
 from moebius.formats.bits import pack, packed_width, unpack
-from moebius.formats.logarithmic import check_grids, decode
+from moebius.formats.logarithmic import decode, grid_faults
 
 #: Bits of a scale's code.
 SCALE_BITS = 8
@@ -84,7 +84,7 @@ class Graded(Packed):
         """Along each direction."""
         return self.columns if self.side == "input" else self.rows
 
-    def unpack_to(self, out: Tensor, index: Tensor | None = None) -> None:
+    def _unpack_to(self, out: Tensor, index: Tensor | None) -> None:
         assert self.codes is not None and self.scale_codes is not None and self.scale_grid is not None
         pick = slice(None) if index is None else index
         codes, scales = self.codes[pick], decode(self.scale_codes[pick], self.scale_grid[pick])
@@ -92,7 +92,7 @@ class Graded(Packed):
         first = begin = 0
         for grade, count in self.runs():
             width = packed_width(self.entries, grade)
-            block = codes[:, begin : begin + count * width].reshape(-1, count, width)
+            block = codes[:, begin : begin + count * width].reshape(len(codes), count, width)
             mine = slice(first, first + count)
             matrices[:, mine] = (unpack(block, grade, self.entries).float() - (2**grade - 1) / 2) * scales[:, mine, None]
             first, begin = first + count, begin + count * width
@@ -101,9 +101,9 @@ class Graded(Packed):
         super().check_numbers()
         self.runs()
 
-    def check_values(self, where: str) -> None:
+    def value_faults(self) -> Iterator[str]:
         assert self.scale_grid is not None
-        check_grids(self.scale_grid, SCALE_BITS, f"{where}.scale_grid")
+        yield from grid_faults("scale_grid", self.scale_grid, SCALE_BITS)
 
     def expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         stream = sum(count * packed_width(self.entries, grade) for grade, count in self.runs())

@@ -7,14 +7,14 @@ Row scales of the salient zone may be those of longer blocks: there are few sali
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moebius.errors import CheckpointError
 from moebius.formats.base import Packed
-from moebius.formats.bits import pack, packed_width, unpack, unpack_signs
+from moebius.formats.bits import count_faults, pack, packed_width, unpack, unpack_signs
 from moebius.formats.numbers import within
 
 
@@ -112,7 +112,7 @@ class GroupedSigns(Packed):
         """Blocks of columns, as the salient ones count them."""
         return -(-self.columns // self.salient_block)
 
-    def unpack_to(self, out: Tensor, index: Tensor | None = None) -> None:
+    def _unpack_to(self, out: Tensor, index: Tensor | None) -> None:
         assert self.signs is not None and self.groups is not None and self.row_scales is not None
         pick = slice(None) if index is None else index
         signs = unpack_signs(self.signs[pick], self.columns)
@@ -149,11 +149,9 @@ class GroupedSigns(Packed):
         super().check_numbers()
         within(self, "salient", 0, self.columns)
 
-    def check_values(self, where: str) -> None:
+    def value_faults(self) -> Iterator[str]:
         if self.salient_mask is not None:
-            counts = unpack(self.salient_mask, 1, self.columns).sum(1)
-            if bool((counts != self.salient).any()):
-                raise CheckpointError(f"{where}.salient_mask: marks {counts.tolist()[:8]} columns, wanted {self.salient} each")
+            yield from count_faults("salient_mask", self.salient_mask, self.columns, self.salient)
 
     def expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {

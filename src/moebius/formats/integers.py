@@ -63,7 +63,7 @@ class Integers(Packed):
         """Groups per row."""
         return -(-self.columns // self.group_size)
 
-    def unpack_to(self, out: Tensor, index: Tensor | None = None) -> None:
+    def _unpack_to(self, out: Tensor, index: Tensor | None) -> None:
         assert self.codes is not None and self.scales is not None
         pick = slice(None) if index is None else index
         out.copy_(unpack(self.codes[pick], self.bits, self.columns))

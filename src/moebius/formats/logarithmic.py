@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
-
-from moebius.errors import CheckpointError
 
 _SMALLEST = 1e-30  # scales are positive; this stands in for zero
 # Scales this far below the largest of their row belong to dead or zero-padded neurons: a grid that reached down to them would
@@ -54,18 +54,18 @@ def decode(codes: Tensor, grid: Tensor) -> Tensor:
 _LARGEST_LOGARITHM = 44.0
 
 
-def check_grids(grids: Tensor, bits: int, where: str) -> None:
-    """Refuse grids (..., 2) on which a code stands for a scale that overflows.
+def grid_faults(name: str, grids: Tensor, bits: int) -> Iterator[str]:
+    """Says so if there is a grid among (..., 2) on which a code stands for a scale that overflows.
 
-    Raises:
-        CheckpointError: names the tensor.
+    Args:
+        name: of the tensor, for the message.
+        grids: as :func:`encode` returns them.
+        bits: of a code.
     """
     first, step = grids.float().unbind(-1)
     ends = torch.stack([first, first + step * (2**bits - 1)])
     if ends.numel() and float(ends.max()) > _LARGEST_LOGARITHM:
-        raise CheckpointError(
-            f"{where}: reaches a scale of e^{float(ends.max()):.0f}, wanted at most e^{_LARGEST_LOGARITHM:.0f}"
-        )
+        yield f"{name}: reaches a scale of e^{float(ends.max()):.0f}, wanted at most e^{_LARGEST_LOGARITHM:.0f}"
 
 
 def rounded(scales: Tensor, bits: int, used: Tensor | None = None) -> Tensor:

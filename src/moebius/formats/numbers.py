@@ -7,7 +7,7 @@ a size or read as a place is checked here, once, when the module is built.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moebius.errors import ShapeError
 
@@ -22,6 +22,7 @@ _RANGES: dict[str, tuple[int, int]] = {
     "bits": (1, 8),
     "block": (1, MOST),
     "code_bits": (1, 16),
+    "code_rows": (0, 1 << 40),
     "group_size": (1, MOST),
     "length": (1, MOST),
     "live": (0, 1 << 40),
@@ -32,7 +33,18 @@ _RANGES: dict[str, tuple[int, int]] = {
     "sign_rows": (0, 1 << 40),
 }
 _WORDS = {"side": ("input", "output"), "dtype": ("float16", "bfloat16", "float32")}
-_TYPES = {"int": int, "bool": bool, "str": str}
+_TYPES: dict[str, Any] = {"int": int, "bool": bool, "str": str}
+
+
+def plain_fields(kind: Any) -> dict[str, Any]:
+    """Names and types of the fields of a format that its description holds, as opposed to its tensors."""
+    types = {field.name: str(getattr(field.type, "__name__", field.type)) for field in dataclasses.fields(kind)}
+    return {name: _TYPES[word] for name, word in types.items() if word in _TYPES}
+
+
+def stored_fields(kind: Any) -> set[str]:
+    """Names of the fields of a format that are tensors."""
+    return {field.name for field in dataclasses.fields(kind)} - plain_fields(kind).keys()
 
 
 def check_fields(packed: Packed) -> None:
@@ -41,19 +53,14 @@ def check_fields(packed: Packed) -> None:
     Raises:
         ShapeError: names the format, the field, what it is and what it should be.
     """
-    for field in dataclasses.fields(packed):
-        kind = _TYPES.get(str(field.type))
-        if kind is None:
-            continue
-        value = getattr(packed, field.name)
+    for name, kind in plain_fields(packed).items():
+        value: Any = getattr(packed, name)
         if type(value) is not kind:
-            raise ShapeError(f"{packed.name}: {field.name} is {str(value)[:40]!r}, wanted {field.type}")
+            raise ShapeError(f"{packed.name}: {name} is {str(value)[:40]!r}, wanted {kind.__name__}")
         if kind is int:
-            within(packed, field.name, *_RANGES.get(field.name, (0, MOST)))
-        elif field.name in _WORDS and str(value) not in _WORDS[field.name]:
-            raise ShapeError(
-                f"{packed.name}: {field.name} is {str(value)[:40]!r}, wanted one of {', '.join(_WORDS[field.name])}"
-            )
+            within(packed, name, *_RANGES.get(name, (0, MOST)))
+        elif name in _WORDS and value not in _WORDS[name]:
+            raise ShapeError(f"{packed.name}: {name} is {value[:40]!r}, wanted one of {', '.join(_WORDS[name])}")
 
 
 def within(packed: Packed, name: str, least: int, most: int) -> None:

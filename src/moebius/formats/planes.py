@@ -12,15 +12,15 @@ that nothing else says where planes are. Amplitudes depend on ``b`` alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moebius.errors import CheckpointError
 from moebius.formats.base import Packed
 from moebius.formats.bits import pack, packed_width, unpack, unpack_signs
-from moebius.formats.logarithmic import check_grids, decode
+from moebius.formats.logarithmic import decode, grid_faults
 from moebius.formats.numbers import within
 
 #: Planes to their amplitudes: those of least squared error for a Gaussian of unit variance, among sums of signs. For one and
@@ -176,6 +176,9 @@ class Planes(Packed):
         scales[matrix, direction] = decode(codes.unsqueeze(1), self.direction_grids[place[matrix]]).squeeze(1)
         return scales
 
+    def is_zero(self) -> bool:
+        return self.sign_rows == 0
+
     def counts(self, index: Tensor | None = None) -> Tensor:
         """Planes of every direction, (chosen, directions) int64."""
         assert self.widths is not None
@@ -200,7 +203,7 @@ class Planes(Packed):
             levels[matrix, direction] += signs * amplitudes[matrix, direction, plane, None]
         return levels
 
-    def unpack_to(self, out: Tensor, index: Tensor | None = None) -> None:
+    def _unpack_to(self, out: Tensor, index: Tensor | None) -> None:
         values = self.levels(index).mul_(self.direction_scales(index).unsqueeze(2))
         values *= self.entry_scales(index).unsqueeze(1)
         out.copy_(values.mT if self.side == "input" else values)
@@ -211,19 +214,17 @@ class Planes(Packed):
         within(self, "live", self.live_matrices, self.live_matrices * self.directions)
         within(self, "sign_rows", self.live, self.live * self.planes)
 
-    def check_values(self, where: str) -> None:
-        assert self.widths is not None
+    def value_faults(self) -> Iterator[str]:
+        assert self.widths is not None and self.entry_grids is not None and self.direction_grids is not None
         widths = self.widths.long()
-        ordered = not bool((widths < 0).any() or (widths > self.directions).any() or (widths.diff(dim=1) > 0).any())
-        if not ordered:
-            raise CheckpointError(f"{where}.widths: wanted 0 to {self.directions} directions, not increasing along the planes")
+        if bool((widths < 0).any() or (widths > self.directions).any() or (widths.diff(dim=1) > 0).any()):
+            yield f"widths: wanted {self.directions} directions at most, and no plane wider than the one before"
         got = int(widths.sum()), int(widths[:, :1].sum()), int((widths[:, :1] > 0).sum())
         wanted = self.sign_rows, self.live, self.live_matrices
         if got != wanted:
-            raise CheckpointError(f"{where}.widths: got (rows of signs, directions, matrices) {got}, wanted {wanted}")
-        assert self.entry_grids is not None and self.direction_grids is not None
-        check_grids(self.entry_grids, self.scale_bits, f"{where}.entry_grids")
-        check_grids(self.direction_grids, self.scale_bits, f"{where}.direction_grids")
+            yield f"widths: got {got} rows of signs, directions and matrices in use, wanted {wanted}"
+        yield from grid_faults("entry_grids", self.entry_grids, self.scale_bits)
+        yield from grid_faults("direction_grids", self.direction_grids, self.scale_bits)
 
     def expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         return {

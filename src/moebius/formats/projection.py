@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moebius.errors import ShapeError
-from moebius.formats.base import Packed, empty_like_spec, from_tensors
+from moebius.formats.base import DAMAGED, Packed, empty_like_spec, from_tensors
 
 _PARTS = ("factor", "left", "right", "bias")
 
@@ -48,6 +48,10 @@ class PackedProjection:
         if self.right is not None:
             weight = weight @ self.right.unpack()
         return weight
+
+    def is_zero(self) -> bool:
+        """Whether a budget gave it nothing: all its matrices are zero, and nothing is added to what they put out."""
+        return self.bias is None and any(part.is_zero() for part in self.parts().values())
 
     def parts(self) -> dict[str, Packed]:
         """The parts that are there, by name."""
@@ -92,14 +96,14 @@ class PackedProjection:
             shape = f"{factor.rows} x {factor.columns}"
             raise ShapeError(f"factor: got {shape}, wanted at most four times the larger side of matrices of {out} x {inputs}")
 
-    def check(self, where: str) -> None:
+    def check(self, where: str, advice: str = DAMAGED) -> None:
         """See :meth:`Packed.check`."""
         try:
             self.check_numbers()
         except ShapeError as error:
-            raise ShapeError(f"{where}: {error}") from None
+            raise ShapeError(f"{where}: {error}; {advice}") from None
         for part, packed in self.parts().items():
-            packed.check(f"{where}.{part}")
+            packed.check(f"{where}.{part}", advice)
 
 
 def projection_from_tensors(spec: dict[str, Any], tensors: dict[str, Tensor]) -> PackedProjection:
@@ -121,3 +125,23 @@ def empty_projection(spec: dict[str, Any], device: torch.device | str = "meta") 
     # Nothing is laid out before all numbers are known to fit.
     PackedProjection(**{part: from_tensors(part_spec, {}) for part, part_spec in spec.items()}).check_numbers()
     return PackedProjection(**{part: empty_like_spec(part_spec, device) for part, part_spec in spec.items()})
+
+
+def module_from_tensors(spec: dict[str, Any], tensors: dict[str, Tensor]) -> PackedProjection | Packed:
+    """What a description of a packed module and its tensors stand for: a projection of experts, or a single matrix."""
+    return projection_from_tensors(spec, tensors) if "factor" in spec else from_tensors(spec, tensors)
+
+
+def empty_module(spec: dict[str, Any], device: torch.device | str = "meta") -> PackedProjection | Packed:
+    """:func:`module_from_tensors` with uninitialized tensors.
+
+    Raises:
+        ShapeError: numbers that contradict each other, or a single matrix that is not one, or has no elements.
+    """
+    if "factor" in spec:
+        return empty_projection(spec, device)
+    packed = empty_like_spec(spec, device)
+    if packed.batch != 1 or not packed.rows or not packed.columns:
+        got = f"{packed.batch} of {packed.rows} x {packed.columns}"
+        raise ShapeError(f"{packed.name}: got {got}, wanted one matrix with elements")
+    return packed

@@ -48,7 +48,7 @@ def _contents(blank: Packed, name: str, tensor: Tensor, generator: Generator) ->
         return torch.empty(tensor.shape, dtype=torch.uint8).random_(0, 256, generator=generator)
     if name.endswith(("grid", "grids")):
         grid = _GRID_OF_INTEGERS if name == "scale_grid" else _GRID
-        return torch.tensor(grid, dtype=tensor.dtype).repeat(*tensor.shape[:-1], 1)
+        return torch.tensor(grid, dtype=tensor.dtype).repeat(*tensor.shape[:-1], tensor.shape[-1] // 2)
     if "scale" in name:  # of a level, where there are many of them
         return torch.full(tensor.shape, 2 * _SCALE / 2 ** blank.spec().get("bits", 1), dtype=tensor.dtype)
     return torch.randn(tensor.shape, generator=generator).mul_(_SCALE).to(tensor.dtype)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moebius.errors import CheckpointError
 from moebius.formats.base import Packed
 from moebius.formats.bits import pack, packed_width, unpack
 
@@ -75,7 +74,7 @@ class Spectral(Packed):
             widths=pack(widths, 4), payload=payload, row_scales=None if row_scales is None else row_scales.half().contiguous()
         )
 
-    def unpack_to(self, out: Tensor, index: Tensor | None = None) -> None:
+    def _unpack_to(self, out: Tensor, index: Tensor | None) -> None:
         assert self.widths is not None and self.payload is not None
         widths = unpack(self.widths, 4, self.directions)
         index = torch.arange(self.batch, device=widths.device) if index is None else index
@@ -88,7 +87,7 @@ class Spectral(Packed):
             matrix = place[units // self.directions]
             chosen = matrix >= 0
             records = records[chosen]
-            scales = records[:, : 2 * self.groups].flatten().view(torch.float16).view(len(records), self.groups).float()
+            scales = self._scales(records).float()
             levels = unpack(records[:, 2 * self.groups :], bits, self.length).float().sub_((2**bits - 1) / 2)
             for group in range(self.groups):
                 levels[:, group * self.group_size : (group + 1) * self.group_size] *= scales[:, group, None]
@@ -105,12 +104,23 @@ class Spectral(Packed):
         """What a direction of this width takes in the payload."""
         return 2 * self.groups + packed_width(self.length, bits) if bits else 0
 
-    def check_values(self, where: str) -> None:
-        assert self.widths is not None
+    def _scales(self, records: Tensor) -> Tensor:
+        """Of records (n, bytes), float16 (n, groups)."""
+        return records[:, : 2 * self.groups].clone(memory_format=torch.contiguous_format).view(torch.float16)
+
+    def value_faults(self) -> Iterator[str]:
+        assert self.widths is not None and self.payload is not None
         widths = unpack(self.widths, 4, self.directions)
+        if self.directions and int(widths.max()) > MAX_BITS:
+            yield f"widths: got directions of {int(widths.max())} bits, wanted {MAX_BITS} at most"
         taken = sum(self.record_bytes(bits) * len(units) for bits, units, _ in self.sections(widths))
-        if bool((widths > MAX_BITS).any()) or taken > self.payload_bytes:
-            raise CheckpointError(f"{where}.widths: ask for {taken} bytes of codes, wanted at most {self.payload_bytes}")
+        if taken > self.payload_bytes:
+            yield f"widths: ask for {taken} bytes of codes, wanted at most {self.payload_bytes}"
+            return
+        for bits, units, start in self.sections(widths):
+            records = self.payload[start : start + len(units) * self.record_bytes(bits)].view(len(units), -1)
+            if not self._scales(records).isfinite().all():
+                yield "payload: holds scales that are NaN or Inf"
 
     def expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {

@@ -7,15 +7,16 @@ Fischer, 1990) with the sliding window of QTIP (Tseng et al., 2024). Levels are 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moebius.errors import CheckpointError
 from moebius.formats.base import Packed
 from moebius.formats.bits import pack, packed_width, unpack
-from moebius.formats.logarithmic import decode
+from moebius.formats.logarithmic import decode, grid_faults
+from moebius.formats.numbers import within
 from moebius.formats.trellis_levels import LEVELS
 
 STATE_BITS = 8
@@ -84,15 +85,21 @@ class Trellis(Packed):
         tensors = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in blank.expected().items()}
         return blank.replace(**{**tensors, "rates": pack(rates, _RATE_BITS)})
 
-    def check(self, where: str) -> None:
-        super().check(where)
-        assert self.rates is not None
-        if self.rates.is_meta:
-            return
+    def check_numbers(self) -> None:
+        super().check_numbers()
+        within(self, "code_rows", 0, self.batch * self.columns * MOST_RATE)
+
+    def value_faults(self) -> Iterator[str]:
+        assert self.grids is not None
         rates = self.each_rate()
-        if int(rates.max()) > MOST_RATE or int(rates.sum()) != self.code_rows:
+        highest, together = int(rates.max()) if rates.numel() else 0, int(rates.sum())
+        if highest > MOST_RATE or together != self.code_rows:
             wanted = f"rates of up to {MOST_RATE} bits that add up to {self.code_rows}"
-            raise CheckpointError(f"{where}.rates: got up to {int(rates.max())}, {int(rates.sum())} in all, wanted {wanted}")
+            yield f"rates: got up to {highest}, {together} in all, wanted {wanted}"
+        yield from grid_faults("grids", self.grids.view(-1, 2), SCALE_BITS)
+
+    def is_zero(self) -> bool:
+        return self.code_rows == 0
 
     def each_rate(self, index: Tensor | None = None) -> Tensor:
         """Bits per entry of every column, int64 (chosen, columns)."""
@@ -128,7 +135,7 @@ class Trellis(Packed):
             levels[matrix, column] = levels_of(codes, rate)
         return levels.mT
 
-    def unpack_to(self, out: Tensor, index: Tensor | None = None) -> None:
+    def _unpack_to(self, out: Tensor, index: Tensor | None) -> None:
         torch.mul(self.levels(index), self.column_scales(index).unsqueeze(1), out=out)
         out *= self.row_scales(index).unsqueeze(2)
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from moebius.errors import UnsupportedModelError
 from moebius.formats import PackedProjection
 from moebius.models.layout import to_module_orientation
+from moebius.private_transformers import forget_quantization, quantizer_of
 from moebius.runtime.packed_experts import PackedExpertsMixin, packed_layout, packed_projections, unpack_experts
 from moebius.runtime.packed_linear import PackedWeightMixin, unpack_weight
 from moebius.types import ExpertsLayout
@@ -27,10 +28,10 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreT
     Raises:
         UnsupportedModelError: a model that Moebius did not pack, or one with output biases that its plain class cannot hold.
     """
-    quantizer = getattr(model, "hf_quantizer", None)
+    quantizer = quantizer_of(model)
     if getattr(getattr(quantizer, "quantization_config", None), "quant_method", None) != "moebius":
         raise UnsupportedModelError(f"{type(model).__name__}: is not packed by Moebius; there is nothing to dequantize")
-    return quantizer.dequantize(model, dtype=dtype)  # type: ignore[union-attr]
+    return quantizer.dequantize(model, dtype=dtype)
 
 
 def unpack_modules(model: nn.Module, dtype: torch.dtype) -> None:
@@ -44,11 +45,9 @@ def unpack_modules(model: nn.Module, dtype: torch.dtype) -> None:
             unpack_experts(module, gate_up, down)
         elif isinstance(module, PackedWeightMixin):
             unpack_weight(module, dtype)
-        if isinstance(module, PreTrainedModel):
-            module.config.__dict__.pop("_is_quantized", None)  # some mixers compute in another order where it is there
     # What loading remembered belongs to the packed checkpoint: saving is to write the names of an ordinary one.
-    for name in ("save_pretrained", "_weight_conversions"):
-        model.__dict__.pop(name, None)
+    forget_quantization(model)
+    model.__dict__.pop("save_pretrained", None)
 
 
 def _keep_biases(module: nn.Module, layout: ExpertsLayout, projections: tuple[PackedProjection, PackedProjection]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
+from moebius.checkpoint.described import expected_tensors
 from moebius.checkpoint.guards import guard_tensors, guarded_parameter
-from moebius.checkpoint.manifest import MANIFEST_NAME, expected_tensors, verify_modules
+from moebius.checkpoint.manifest import MANIFEST_NAME, verify_modules
+from moebius.checkpoint.routing import check_routing
 from moebius.checkpoint.shards import StoredTensor, read_files
 from moebius.errors import CheckpointError, UnsupportedModelError
 from moebius.formats.base import empty_like_spec
@@ -30,6 +33,9 @@ if TYPE_CHECKING:  # modeling_utils imports the table that this class is registe
     from transformers import PreTrainedModel
 
 register_quantization_config("moebius")(MoebiusConfig)
+
+# Weights that a model may have beyond twice what its files hold.
+_SLACK = 1 << 20
 
 
 @register_quantizer("moebius")
@@ -56,29 +62,28 @@ class MoebiusQuantizer(HfQuantizer):
             self.source_folder = files[0].parent
             manifest = _manifest(self.source_folder, model.config)
             verify_modules(stored, manifest, config.modules, hashes=hashes_wanted())
+            check_routing(model.config.to_dict(), config.modules, self.source_folder / "config.json")
         paths = paths_in(model, config.modules)
         self._beginnings = renamed_beginnings(paths)
         _ignore_guards(model, config.modules, paths)
         config.modules = {here: config.modules[path] for path, here in paths.items()}
         pack_modules(model, config.modules)
         if checkpoint_files:
+            _check_room(model, stored)
             _check_no_random_experts(model, stored, self._packed_names | self._beginnings.keys())
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name, tensor in model.state_dict().items():
-            if not tensor.is_floating_point() or tensor.is_meta:
-                continue
-            # Outside of what was packed, an infinity may be meant: a mask, a bound.
-            wrong = ~tensor.isfinite() if name in self._packed_names else tensor.isnan()
-            if wrong.any():
-                raise CheckpointError(f"{name}: holds NaN or Inf; the file is damaged, fetch it again")
-        for name, module in model.named_modules():
-            if hasattr(module, "_packed_spec"):
-                packed_of(module).check(name)
+            # An infinity may be meant outside of what was packed, which is checked by its own numbers: a mask, a bound.
+            if name not in self._packed_names and tensor.is_floating_point() and not tensor.is_meta and tensor.isnan().any():
+                raise CheckpointError(f"{name}: holds NaN; the file is damaged, fetch it again")
         if any(hasattr(module, "_hf_hook") for module in model.modules()):
             from moebius.hf.offload import fetch_parts
 
             fetch_parts(model)
+        for name, module in model.named_modules():
+            if hasattr(module, "_packed_spec"):
+                packed_of(module).check(name)
         model.__dict__["save_pretrained"] = functools.partial(save_packed, model)
         return model
 
@@ -103,7 +108,7 @@ class MoebiusQuantizer(HfQuantizer):
 
     def _renamings(self, endings: str) -> list[Any]:
         """For a class in which the packed modules have another beginning to their paths than in ``config.json``."""
-        from transformers.core_model_loading import WeightRenaming
+        from moebius.private_transformers import WeightRenaming
 
         found = []
         for stored, here in self._beginnings.items():
@@ -163,7 +168,6 @@ def pack_modules(model: nn.Module, modules: dict[str, Any]) -> None:
             raise CheckpointError(f"{name}: config.json says that only {found[0]} is packed; wanted both projections or none")
         if found:
             gate_up, down = (empty_projection(left.pop(path)) for path in paths)
-            _check_top_k(name, model, layout.experts)
             shape = (layout.experts, layout.inner * (2 if layout.has_gate else 1), layout.hidden)
             _same_shape(paths[0], gate_up.shape, shape)
             _same_shape(paths[1], down.shape, (layout.experts, layout.hidden, layout.inner))
@@ -177,6 +181,19 @@ def pack_modules(model: nn.Module, modules: dict[str, Any]) -> None:
         packed = empty_like_spec(spec)
         _same_shape(path, (packed.batch, packed.rows, packed.columns), (1, rows, columns))
         pack_weight(module, packed)
+
+
+def _check_room(model: nn.Module, stored: Mapping[str, StoredTensor]) -> None:
+    """Refuse a model far larger than its files before memory is laid out for it: what has no tensor would be random.
+
+    Weights that are tied are stored once, and what is packed is in buffers by now.
+    """
+    wanted = sum(parameter.numel() for parameter in model.parameters())
+    there = sum(math.prod(tensor.shape) for tensor in stored.values())
+    if wanted > 2 * there + _SLACK:
+        raise CheckpointError(
+            f"config.json describes a model of {wanted:,} weights besides those that are packed, but the files hold {there:,}"
+        )
 
 
 def _check_no_random_experts(model: PreTrainedModel, stored: Mapping[str, StoredTensor], packed: frozenset[str]) -> None:
@@ -200,36 +217,22 @@ def _check_no_random_experts(model: PreTrainedModel, stored: Mapping[str, Stored
 
 def _ignore_guards(model: PreTrainedModel, modules: Mapping[str, Any], paths: Mapping[str, str]) -> None:
     """Guards have done their work when Moebius reads them: they are not to be reported as tensors that nothing wants."""
+    from moebius.private_transformers import ignore_unexpected
+
     names = {guarded_parameter(path, spec) for path, spec in modules.items()}
     names |= {guarded_parameter(here, modules[path]) for path, here in paths.items()}
     pattern = "^(?:" + "|".join(sorted(map(re.escape, names))) + ")$"
-    known = model._keys_to_ignore_on_load_unexpected or []
-    model._keys_to_ignore_on_load_unexpected = {*known, pattern}
+    ignore_unexpected(model, pattern)
 
 
 def _manifest(folder: Path, config: Any) -> Path:
     """Where the manifest is. From the hub, transformers fetches only the files it knows."""
     if (folder / MANIFEST_NAME).is_file() or Path(config.name_or_path).is_dir():
         return folder / MANIFEST_NAME
-    from transformers.utils.hub import cached_file
+    from moebius.private_transformers import fetched_file
 
-    found = cached_file(
-        config.name_or_path,
-        MANIFEST_NAME,
-        revision=getattr(config, "_commit_hash", None),
-        _raise_exceptions_for_missing_entries=False,
-    )
+    found = fetched_file(config.name_or_path, MANIFEST_NAME, config)
     return Path(found) if found else folder / MANIFEST_NAME
-
-
-def _check_top_k(name: str, model: nn.Module, experts: int) -> None:
-    """Refuse a config that has tokens choose more experts than there are."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for key in ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k"):
-        value = getattr(text, key, None)
-        if isinstance(value, int) and not 1 <= value <= experts:
-            raise CheckpointError(f"{name}: config.json says {key} = {value}, wanted 1 to {experts}, the number of experts")
 
 
 def _same_shape(path: str, got: tuple[int, ...], wanted: tuple[int, ...]) -> None:

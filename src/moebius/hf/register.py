@@ -12,27 +12,42 @@ from types import ModuleType
 from typing import Any
 
 _TABLES = "transformers.quantizers.auto"
+#: Where ``from_pretrained`` begins, see :data:`moebius.hf.one_line.ENTRANCES`.
+_ENTRANCES = (
+    "transformers.models.auto.configuration_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.auto.auto_factory",
+    "transformers.modeling_utils",
+)
 
 
 def register() -> None:
     """Make transformers load packed checkpoints: now if it is imported already, else as soon as it is. Repeats do nothing."""
-    if _TABLES in sys.modules:
-        _register()
-    elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
+    _register()
+    if not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
         sys.meta_path.insert(0, _WhenImported())
 
 
 def _register() -> None:
-    import moebius.hf.quantizer  # noqa: F401  registers itself; nothing is taken from it, it may be in the middle of its import
+    """With what transformers has imported by now."""
+    if _TABLES in sys.modules:
+        import moebius.hf.quantizer  # noqa: F401  registers itself; nothing is taken from it, it may be in the middle of its import
+    if any(name in sys.modules for name in _ENTRANCES):
+        from moebius.hf.one_line import wrap_entrances
+
+        wrap_entrances()
 
 
 class _WhenImported(MetaPathFinder):
-    """Finds one module the usual way, and registers when it has been executed."""
+    """Finds some modules the usual way, each once, and registers when one has been executed."""
+
+    def __init__(self) -> None:
+        self.waiting = {name for name in (_TABLES, *_ENTRANCES) if name not in sys.modules}
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != _TABLES:
+        if name not in self.waiting:
             return None
-        sys.meta_path.remove(self)
+        self.waiting.remove(name)
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
             loader: Any = spec.loader

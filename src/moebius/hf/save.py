@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moebius.checkpoint.companions import copy_companions
-from moebius.checkpoint.manifest import MANIFEST_NAME, write_manifest
+from moebius.checkpoint.manifest import MANIFEST_NAME, REPORT_NAME, write_manifest
 from moebius.checkpoint.shards import INDEX_NAME, SINGLE_NAME
 from moebius.errors import CheckpointError, OutputError
 from moebius.json_file import read_object
+from moebius.private_transformers import quantizer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,7 +51,7 @@ def save_packed(model: PreTrainedModel, save_directory: str | Path, **options: A
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as work:
         type(model).save_pretrained(model, work, **options)
         write_manifest(Path(work))
-        source = getattr(getattr(model, "hf_quantizer", None), "source_folder", None)
+        source = getattr(quantizer_of(model), "source_folder", None)
         if source is not None and source.is_dir():
             copy_companions(source, Path(work), replace=False)
         stale = _weights_of(folder)
@@ -63,7 +64,7 @@ def save_packed(model: PreTrainedModel, save_directory: str | Path, **options: A
 
 def _weights_of(folder: Path) -> set[str]:
     """Names of the files that belong to the weights in a folder: of this package, and of transformers."""
-    names = {SINGLE_NAME, INDEX_NAME, MANIFEST_NAME, "moebius_report.json"}
+    names = {SINGLE_NAME, INDEX_NAME, MANIFEST_NAME, REPORT_NAME}
     names |= {path.name for path in folder.iterdir() if _SHARD.fullmatch(path.name)}
     for file, key in ((INDEX_NAME, "weight_map"), (MANIFEST_NAME, "tensors")):
         try:

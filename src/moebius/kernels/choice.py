@@ -10,10 +10,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from moebius import native
 from moebius.errors import KernelError
 
 #: Set to the name of a backend, it is used or an error is raised.
 VARIABLE = "MOEBIUS_KERNEL"
+#: What inputs may be.
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 #: Of any op.
 BACKENDS = ("triton", "cpu", "reference")
 
@@ -61,3 +64,23 @@ def wants_gradients(*tensors: Tensor | None) -> bool:
 def tell_once(message: str, *, warn: bool = False) -> None:
     """Log what was chosen, once; as a warning where it is not what one would expect."""
     _log.log(logging.WARNING if warn else logging.INFO, message)
+
+
+def tell_unpacked(what: str, reason: str, advice: str) -> None:
+    """Warn, once for each cause, that what a fast kernel should read is unpacked instead.
+
+    Args:
+        what: is unpacked: experts or linear layers, and of which format.
+        reason: what keeps the kernel of the device from it.
+        advice: what to do about it.
+    """
+    if reason == native.missing():  # the same cause for everything
+        what, advice = "packed layers", ""
+    advice = f"; {advice}" if advice else ""
+    tell_once(f"{what} are unpacked in plain PyTorch for every batch of tokens, which is slow: {reason}{advice}", warn=True)
+
+
+def tell_of_gradients() -> None:
+    """Warn, once, that gradients are taken through packed layers."""
+    told = "gradients are taken through packed layers: they are unpacked in plain PyTorch, which is slow"
+    tell_once(f"{told}; use torch.no_grad() where none are wanted", warn=True)

@@ -33,11 +33,11 @@ from moebius.quantize.trellis import quantize_columns, rate_values, share_rates
 from moebius.recipe import Recipe
 from moebius.types import CalibrationNeeds, ProjectionStats
 
-_GRADES = (8, 6, 5, 4, 3)
+_GRADES: tuple[int, ...] = (8, 6, 5, 4, 3)
 _SIDES = {"gate_up": "input", "down": "output"}
 # A least-squares approximation that needs a larger gain than this would err more with it than no output at all does.
 _LARGEST_GAIN = 2.0
-_PRIOR_TOKENS = 8  # an expert's sensitivity leans on its layer as if it had seen so many average tokens more
+_PRIOR_TOKENS = 8  # an expert's sensitivity shrinks towards its layer's as if it had seen so many average tokens more
 
 
 def survey(weight: Tensor, stats: ProjectionStats, recipe: Recipe, projection: str) -> dict[str, Tensor]:
@@ -259,7 +259,7 @@ def plan(shape: tuple[int, int, int], recipe: Recipe, projection: str) -> Packed
 
 
 def needs(recipe: Recipe) -> CalibrationNeeds:
-    """Second moments, once the budget is shared out."""
+    """Second moments, once the budget is allocated."""
     return CalibrationNeeds(inputs=True, loss_weighted=recipe.loss_weighted)
 
 

@@ -11,9 +11,11 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from moebius.errors import CheckpointError, CoverageError, ModelNotFoundError, UnsupportedModelError, first_line
-from moebius.json_file import read_object
+from moebius.json_file import read_config
 from moebius.models import parts
 from moebius.models.layout import layout_of
+from moebius.private_transformers import loading_report
+from moebius.source import path_or_hub_name
 from moebius.types import MoeLayer, MoeModel
 
 _MOST_LAYERS = 10_000
@@ -35,7 +37,7 @@ def load_moe_model(source: str | Path, dtype: str | torch.dtype = "auto", device
     config = _read_config(source)
     skeleton(config)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(_location(source), dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(str(path_or_hub_name(source)), dtype=dtype, output_loading_info=True)
     except Exception as error:  # transformers, safetensors and the hub raise a dozen classes for a broken checkpoint
         raise CheckpointError(f"{source}: cannot read its weights: {why_not_loaded(error)}") from error
     model, report = loaded
@@ -48,19 +50,9 @@ def load_moe_model(source: str | Path, dtype: str | torch.dtype = "auto", device
 def why_not_loaded(error: Exception) -> str:
     """What kept transformers from loading a checkpoint, in one line.
 
-    Of some errors it says that the reason was logged above; they are still held by the frame that raised.
+    Of some errors it says that the reason was logged above.
     """
-    trace = error.__traceback__
-    while trace is not None:
-        report = trace.tb_frame.f_locals.get("loading_info")
-        for name in ("conversion_errors", "mismatched_keys"):
-            if found := getattr(report, name, None):
-                listed = (
-                    [f"{key}: {value}" for key, value in found.items()] if isinstance(found, dict) else [str(k) for k in found]
-                )
-                return " ".join(listed[0].split())[:400]
-        trace = trace.tb_next
-    return f"{type(error).__name__}: {first_line(error)}"
+    return loading_report(error) or f"{type(error).__name__}: {first_line(error)}"
 
 
 def skeleton(source: PretrainedConfig | str | Path, dtype: torch.dtype | None = None) -> MoeModel:
@@ -191,30 +183,18 @@ def _decoder_name(model: nn.Module, experts: list[str]) -> str:
     return max(holders, key=lambda path: holders[path])
 
 
-def _location(source: str | Path) -> str:
-    """What transformers is to open: an existing folder, or a name for the hub."""
-    path = Path(source).expanduser()
-    if path.exists():
-        return str(path)
-    text = str(source)
-    if isinstance(source, Path) or path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1:
-        raise ModelNotFoundError(f"{source}: no such folder; give a checkpoint's folder, or a hub name such as owner/model")
-    return text
-
-
 def _read_config(source: str | Path) -> Any:
-    location = _location(source)
-    path = Path(location)
-    if path.exists():
+    path = path_or_hub_name(source)
+    if isinstance(path, Path):
         file = path / "config.json" if path.is_dir() else path
         if not file.is_file():
             raise ModelNotFoundError(f"{source}: no config.json in this folder; is it a transformers checkpoint?")
-        content = read_object(file)
+        content = read_config(file)
         if not content.get("model_type"):
             raise CheckpointError(f"{file}: no model_type in it; is it the config of a transformers checkpoint?")
         _check_depth(content, file)
     try:
-        return AutoConfig.from_pretrained(location)
+        return AutoConfig.from_pretrained(str(path))
     except OSError as error:
         raise ModelNotFoundError(
             f"{source}: neither a folder here nor a model that can be fetched from the hub ({first_line(error)})"

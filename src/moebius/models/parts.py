@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 from transformers import PreTrainedModel
 
+from moebius.private_transformers import ties_of
 from moebius.types import ExpertsLayout, MoeLayer
 
 # What transformers' decoders call the matrices of an MLP. Attention and state-space mixers use none of these names.
@@ -55,7 +56,8 @@ def linears_outside(model: PreTrainedModel, decoder_name: str, layers: Sequence[
     The towers of a model that sees or hears, and what joins them to it, are not of the language model.
     """
     left_out = tuple(f"{name}." for layer in layers for name in (layer.name, router_module(layer)) if name)
-    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+    ties = ties_of(model)
+    tied = {*ties, *ties.values()}
     head = model.get_output_embeddings()
     text = decoder_name.rpartition(".")[0]
     towers = tuple(f"{name}." for name in _towers(model, text))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Collection, Iterator
 from functools import partial
@@ -17,7 +18,7 @@ from transformers import AutoTokenizer
 from moebius.calibrate.states import STATES_IN_MEMORY, states_bytes
 from moebius.calibrate.stream import stream_statistics
 from moebius.calibrate.tokens import calibration_windows, windows_digest
-from moebius.checkpoint.manifest import FORMAT_VERSION
+from moebius.checkpoint.manifest import FORMAT_VERSION, REPORT_NAME
 from moebius.checkpoint.names import expert_tensor_names, tied_copies
 from moebius.checkpoint.reader import SourceCheckpoint
 from moebius.checkpoint.writer import CheckpointWriter
@@ -37,7 +38,10 @@ from moebius.progress import Progress, Silent
 from moebius.recipe import CalibrationSettings, Recipe
 from moebius.types import PROJECTIONS, CalibrationNeeds, ExpertWeights, LayerStats, MoeLayer, MoeModel
 
-REPORT_NAME = "moebius_report.json"
+#: Layers that a line names; the report has all.
+_NAMED = 8
+
+_log = logging.getLogger("moebius")
 
 
 def quantize_model(
@@ -65,7 +69,7 @@ def quantize_model(
         progress: told about stages and steps.
 
     Returns:
-        The report that is also written to ``out`` (layers with their tokens per expert, bits and experts that leaned on
+        The report that is also written to ``out`` (layers with their tokens per expert, bits and experts that shrank towards
         their layer), with ``seconds`` by stage and ``peak_memory_bytes`` added, which are not written.
 
     Raises:
@@ -101,6 +105,7 @@ def quantize_model(
         writer.finish(checkpoint, config, {REPORT_NAME: json.dumps(report, indent=1) + "\n"})
     clock.lap("write")
     progress.finish()
+    _tell_of_zeros(report["layers"])
     return {**report, "seconds": clock.laps, "peak_memory_bytes": memory.bytes()}
 
 
@@ -174,7 +179,7 @@ class _Job:
         return self._planned[shape, projection]
 
     def survey(self, windows: Tensor, writer: CheckpointWriter, progress: Progress) -> None:
-        """Look at every layer once, and divide what there is to give. What was seen is kept with the unfinished checkpoint."""
+        """Survey every layer, and allocate the budget. What was seen is kept with the unfinished checkpoint."""
         survey = self.method.survey
         assert survey is not None
         layers = {layer.name: layer for layer in self.moe.moe_layers}
@@ -294,6 +299,8 @@ class _Job:
             share = self._shares.get((layer.name, projection), {})
             packed[paths[projection]] = self.method.quantize(weight, seen, self.recipe, projection, **share)
         entry = _layer_entry(weights, stats, sum(p.stored_bits() for p in packed.values()))
+        if zero := [p for p in PROJECTIONS if packed[paths[p]].is_zero()]:
+            entry["zero"] = zero
         if self.binary_router:
             if layer.router_name is None or stats is None or stats.router_moment is None:
                 raise UnsupportedModelError(f"{layer.name}: no router was found to binarize; leave out router=binary")
@@ -316,6 +323,14 @@ def _layer_entry(weights: ExpertWeights, stats: LayerStats | None, stored_bits: 
         # Fewer tokens than inputs: the expert's own Hessian is singular, what makes it invertible is the layer's mean.
         entry["leaned_on_layer"] = [e for e, n in enumerate(tokens) if n < weights.gate_up.shape[2]]
     return entry
+
+
+def _tell_of_zeros(entries: list[dict[str, Any]]) -> None:
+    """Name the layers that the budget gave nothing, in one line."""
+    named = [f"{entry['name']} ({' and '.join(entry['zero'])})" for entry in entries if entry.get("zero")]
+    if named:
+        some = ", ".join(named[:_NAMED]) + (f" and {len(named) - _NAMED} more" if len(named) > _NAMED else "")
+        _log.warning("the budget gave nothing to %s: these experts put out zeros; more --bits would change that", some)
 
 
 def _windows(folder: Path, calibration: CalibrationSettings, moe: MoeModel) -> Tensor:

@@ -19,13 +19,13 @@ def code_bits(bits: float, length: int) -> int:
 
 
 def quantize_vectors(
-    weight: Tensor, factor: Tensor | None, *, bits: float, length: int, iterations: int, seed: int = 0
+    weight: Tensor, cholesky: Tensor | None, *, bits: float, length: int, iterations: int, seed: int = 0
 ) -> Codebook:
     """Train a codebook for each expert on its own vectors and give each vector a code.
 
     Args:
         weight: (experts, rows, columns) float32.
-        factor: upper Cholesky factor of the inverse Hessian (experts, columns, columns): each group of ``length`` columns is
+        cholesky: upper Cholesky factor of the inverse Hessian (experts, columns, columns): each group of ``length`` columns is
             coded in the metric of the Hessian and its error pushed into the columns after it. None: to the nearest entry.
         bits: per weight; ``2 ** (bits · length)`` entries.
         length: columns per vector.
@@ -39,10 +39,10 @@ def quantize_vectors(
     entries = 2 ** code_bits(bits, length)
     seeds = seed_codebooks(_some(vectors, _SEEDING_VECTORS), entries, seed)
     codebooks = train_codebooks(_some(vectors, _TRAINING_VECTORS * entries), seeds, iterations)[0].half().float()
-    if factor is None:
+    if cholesky is None:
         codes = nearest(vectors, codebooks)[0].view(experts, rows, -1)
     else:
-        codes = _codes_with_feedback(padded, _padded_factor(factor, short), codebooks)
+        codes = _codes_with_feedback(padded, _padded_cholesky(cholesky, short), codebooks)
     return Codebook.pack(codes, codebooks, columns)
 
 
@@ -126,7 +126,7 @@ def _centroids(vectors: Tensor, codes: Tensor, codebooks: Tensor) -> Tensor:
     return torch.where(counts > 0, sums / counts.clamp_min(1), codebooks.double()).float()
 
 
-def _codes_with_feedback(weight: Tensor, factor: Tensor, codebooks: Tensor, block_size: int = 128) -> Tensor:
+def _codes_with_feedback(weight: Tensor, cholesky: Tensor, codebooks: Tensor, block_size: int = 128) -> Tensor:
     """GPTQ by groups of columns: with ``H⁻¹ = Uᵀ U``, the entry nearest to ``v U_g⁻¹`` among ``c U_g⁻¹`` is the one that hurts
     least once the columns after the group have made up for it (GPTVQ Eq. 4), and the difference is what is pushed on.
     """
@@ -140,21 +140,21 @@ def _codes_with_feedback(weight: Tensor, factor: Tensor, codebooks: Tensor, bloc
         block, errors = weight[:, :, start:stop], torch.empty_like(weight[:, :, start:stop])
         for offset in range(0, stop - start, length):
             here, after = slice(offset, offset + length), slice(offset + length, None)
-            rows = factor[:, start + offset : start + offset + length, start:stop]
+            rows = cholesky[:, start + offset : start + offset + length, start:stop]
             inverse = torch.linalg.solve_triangular(rows[:, :, here], identity, upper=True)
             values, entries = block[:, :, here] @ inverse, codebooks @ inverse
             code = nearest(values, entries)[0]
             errors[:, :, here] = values - entries.gather(1, code.unsqueeze(2).expand(-1, -1, length))
             block[:, :, after] -= errors[:, :, here] @ rows[:, :, after]
             codes.append(code)
-        weight[:, :, stop:].baddbmm_(errors, factor[:, start:stop, stop:], alpha=-1)
+        weight[:, :, stop:].baddbmm_(errors, cholesky[:, start:stop, stop:], alpha=-1)
     return torch.stack(codes, 2)
 
 
-def _padded_factor(factor: Tensor, short: int) -> Tensor:
-    """The factor for columns of zeros at the end, which nothing is pushed into."""
-    padded = torch.nn.functional.pad(factor, (0, short, 0, short))
-    padded.diagonal(dim1=1, dim2=2)[:, factor.shape[1] :] = 1
+def _padded_cholesky(cholesky: Tensor, short: int) -> Tensor:
+    """The Cholesky factor for columns of zeros at the end, which nothing is pushed into."""
+    padded = torch.nn.functional.pad(cholesky, (0, short, 0, short))
+    padded.diagonal(dim1=1, dim2=2)[:, cholesky.shape[1] :] = 1
     return padded
 
 

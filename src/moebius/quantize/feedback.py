@@ -19,13 +19,13 @@ _TINY = 1e-30  # keeps 0/0 at 0 for rows of zeros
 
 
 def columns_with_feedback(
-    weight: Tensor, factor: Tensor, block_size: int, quantize_column: Callable[[int, Tensor], Tensor]
+    weight: Tensor, cholesky: Tensor, block_size: int, quantize_column: Callable[[int, Tensor], Tensor]
 ) -> None:
     """Visit the columns of a batch of matrices in order, each with the errors of those before it folded in.
 
     Args:
         weight: (experts, rows, columns) float32; overwritten with the columns as they were when visited.
-        factor: upper Cholesky factor of the inverse Hessian (experts, columns, columns), see
+        cholesky: upper Cholesky factor of the inverse Hessian (experts, columns, columns), see
             :func:`moebius.linalg.hessian.feedback_factor`.
         block_size: columns whose errors are gathered before they are pushed beyond the block: a matter of speed.
         quantize_column: called with the index and values of a column (experts, rows); returns its quantized values.
@@ -38,10 +38,10 @@ def columns_with_feedback(
         for offset in range(stop - start):
             column = start + offset
             values = block[:, :, offset]
-            row = factor[:, column, start:stop]  # (experts, block)
+            row = cholesky[:, column, start:stop]  # (experts, block)
             errors[:, :, offset] = (values - quantize_column(column, values)) / row[:, offset, None]
             block[:, :, offset + 1 :].addcmul_(errors[:, :, offset, None], row[:, None, offset + 1 :], value=-1)
-        weight[:, :, stop:].baddbmm_(errors, factor[:, start:stop, stop:], alpha=-1)
+        weight[:, :, stop:].baddbmm_(errors, cholesky[:, start:stop, stop:], alpha=-1)
 
 
 def with_feedback(target: Tensor, weights: Tensor, block_size: int, quantize: Callable[[int, Tensor], Tensor]) -> None:

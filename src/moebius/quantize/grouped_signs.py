@@ -79,7 +79,7 @@ class GroupedPlanes:
 
 
 def grouped_planes(
-    weight: Tensor, salient: Tensor, factor: Tensor, *, block: int, alternations: int | None = None
+    weight: Tensor, salient: Tensor, cholesky: Tensor, *, block: int, alternations: int | None = None
 ) -> GroupedPlanes:
     """Binarize matrices with error feedback.
 
@@ -89,7 +89,7 @@ def grouped_planes(
     Args:
         weight: (experts, rows, columns) float32.
         salient: columns with a second plane. bool (experts, columns)
-        factor: see :func:`moebius.quantize.feedback.columns_with_feedback`.
+        cholesky: see :func:`moebius.quantize.feedback.columns_with_feedback`.
         block: columns per block.
         alternations: updates of row and column scales, by which the salient columns do with the row scales of the matrix as
             it came (ARB-LLM_RC); None for row scales alone, all of them per block (BiLLM).
@@ -113,7 +113,7 @@ def grouped_planes(
         second[:, :, column] = sign = signs(values - level)
         return level + torch.where(mask, two * sign, 0)
 
-    columns_with_feedback(updated, factor, block, quantize)
+    columns_with_feedback(updated, cholesky, block, quantize)
     rows = torch.stack([torch.stack([scales.rows for scales in zones], 2) for zones in blocks], 2)  # (..., blocks, 4)
     columns = None
     if alternations is not None:

@@ -94,14 +94,14 @@ def round_symmetrically(weight: Tensor, bits: int, group_size: int) -> IntegerCo
     return IntegerCodes(torch.cat(codes, 2), torch.cat(scales, 2), None, bits, group_size)
 
 
-def round_with_feedback(weight: Tensor, factor: Tensor, bits: int, group_size: int, block_size: int) -> IntegerCodes:
+def round_with_feedback(weight: Tensor, cholesky: Tensor, bits: int, group_size: int, block_size: int) -> IntegerCodes:
     """GPTQ: round column by column, each error pushed into the columns after it.
 
     The levels of a group are set when its first column is reached, from its columns as they are then.
 
     Args:
         weight: (experts, rows, columns) float32.
-        factor: see :func:`moebius.quantize.feedback.columns_with_feedback`.
+        cholesky: see :func:`moebius.quantize.feedback.columns_with_feedback`.
         bits: 1 to 8.
         group_size: columns per group.
         block_size: columns whose errors are gathered before they are pushed further.
@@ -120,7 +120,7 @@ def round_with_feedback(weight: Tensor, factor: Tensor, bits: int, group_size: i
         codes[:, :, column] = code.squeeze(2).to(torch.uint8)
         return ((code - zeros[-1]) * scales[-1]).squeeze(2)
 
-    columns_with_feedback(updated, factor, block_size, quantize)
+    columns_with_feedback(updated, cholesky, block_size, quantize)
     return IntegerCodes(codes, torch.cat(scales, 2), torch.cat(zeros, 2) if bits > 1 else None, bits, group_size)
 
 

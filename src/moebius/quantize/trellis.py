@@ -7,16 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moebius import native
 from moebius.formats.logarithmic import decode, encode
 from moebius.formats.trellis import DISTORTION, MOST_RATE, SCALE_BITS, STATE_BITS, Trellis, levels_of, table
 from moebius.linalg.hessian import unit_upper
 from moebius.quantize.feedback import with_all_errors, with_feedback
 from moebius.quantize.planes import deviations
-
-try:
-    from moebius.quantize._trellis import search as _search
-except ImportError:  # built without a compiler
-    _search = None
 
 _TINY = 1e-30
 
@@ -155,10 +151,10 @@ def expected_loss(values: Tensor, rates: Tensor) -> float:
 
 
 def _path(values: Tensor, scales: Tensor, rate: int) -> Tensor:
-    if _search is None:
+    if native.missing() is not None:
         return _path_in_torch(values, scales, rate)
     codes = torch.empty(values.shape, dtype=torch.uint8)
-    _search(values.cpu().numpy(), scales.cpu().numpy(), table(rate).numpy(), rate, codes.numpy())
+    native.extension().search_trellis(values.cpu().contiguous(), scales.cpu().contiguous(), table(rate), rate, codes)
     return codes.to(values.device)
 
 

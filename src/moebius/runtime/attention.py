@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from moebius.kernels.choice import tell_once
+from moebius.private_transformers import attention_of, register_attention, sdpa_attention_forward
 
 #: What transformers calls it.
 NAME = "moebius_sdpa"
@@ -26,9 +26,16 @@ _PLAIN_OPTIONS |= {"output_attentions", "output_hidden_states", "output_router_l
 
 def use_single_query_attention(model: PreTrainedModel) -> None:
     """Let a model on the CPU of a kind in :data:`KNOWN` that attends through ``sdpa`` use :func:`attend`; others stay."""
-    known = getattr(model.config, "model_type", None) in KNOWN and type(model).__module__.startswith("transformers.models.")
-    if known and model.device.type == "cpu" and model.config._attn_implementation == "sdpa":
+    if model.device.type != "cpu" or attention_of(model) != "sdpa":
+        return
+    kind = getattr(model.config, "model_type", None)
+    if kind in KNOWN and type(model).__module__.startswith("transformers.models."):
         model.set_attn_implementation(NAME)
+    else:
+        told = (
+            f"attention of {kind} stays transformers' own, which takes longer for single tokens: it may not be a softmax alone"
+        )
+        tell_once(f"{told}; nothing has to be done, the tokens are the same", warn=True)
 
 
 def attend(
@@ -38,8 +45,11 @@ def attend(
 
     Several queries, and options that may change what is computed, are left to it.
     """
-    plain = all(value is None or name in _PLAIN_OPTIONS or (name == "dropout" and not value) for name, value in options.items())
-    if query.shape[2] != 1 or query.device.type != "cpu" or not plain:
+    other = [name for name, value in options.items() if not _is_plain(name, value)]
+    if other and query.shape[2] == 1:
+        told = f"attention is left to transformers, which takes longer for single tokens: {', '.join(other)} may change it"
+        tell_once(f"{told}; nothing has to be done, the tokens are the same", warn=True)
+    if query.shape[2] != 1 or query.device.type != "cpu" or other:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     batch, heads, _, width = query.shape
     scaling = options.get("scaling")
@@ -52,6 +62,10 @@ def attend(
     return states.reshape(batch, 1, heads, value.shape[3]).to(value.dtype), None
 
 
+def _is_plain(name: str, value: Any) -> bool:
+    return value is None or name in _PLAIN_OPTIONS or (name == "dropout" and not value)
+
+
 def _bias(mask: Tensor, scores: Tensor) -> Tensor:
     """A mask (batch, 1 or heads, 1, length) in the shape of the scores: what is added to them."""
     if mask.shape[1] > 1:
@@ -59,5 +73,4 @@ def _bias(mask: Tensor, scores: Tensor) -> Tensor:
     return mask if mask.dtype != torch.bool else torch.zeros_like(scores).masked_fill_(~mask, -torch.inf)
 
 
-ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
-ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
+register_attention(NAME, attend)

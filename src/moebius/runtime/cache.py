@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+
+from moebius.private_transformers import Cache, DynamicLayer
 
 _SPARE_TOKENS = 256
 

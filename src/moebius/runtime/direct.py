@@ -7,17 +7,20 @@ next token needs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.utils import output_capturing
 
+from moebius import native
+from moebius.errors import KernelError
+from moebius.kernels.choice import forced, tell_once
 from moebius.kernels.decoder_layer import (
     DTYPES,
+    NOT_ON_CPU,
     Attention,
     DecoderLayer,
     GatedMlp,
@@ -26,10 +29,11 @@ from moebius.kernels.decoder_layer import (
     SharedExpert,
     normalize,
     read,
+    refusal,
+    takes_prompts,
 )
-from moebius.kernels.packed_linear.cpu import CpuLinear
-from moebius.kernels.routed_experts import cpu as compiled
-from moebius.kernels.routed_experts.cpu import CpuExperts
+from moebius.kernels.routed_experts import Run
+from moebius.private_transformers import Cache, DynamicCache, is_capturing_hook
 from moebius.runtime.cache import RoomyLayer, make_room
 from moebius.runtime.packed_experts import PackedExpertsMixin, packed_layout, ready_experts
 from moebius.runtime.packed_linear import PackedLinearMixin, ready_linear
@@ -53,17 +57,27 @@ def direct_forward(model: PreTrainedModel) -> DirectForward | str:
         return str(error)
 
 
+def tell_of_slow_layers(model: PreTrainedModel, reason: str) -> None:
+    """Warn, once for each cause, that a packed model on the CPU goes through transformers' modules."""
+    packed = any(isinstance(module, PackedExpertsMixin) for module in model.modules())
+    # What keeps the experts from their kernels was said when they were prepared, or asked for.
+    if packed and model.device.type == "cpu" and not forced() and not native.missing() and NOT_ON_CPU not in reason:
+        kind = getattr(model.config, "model_type", type(model).__name__)
+        told = f"tokens go through transformers' modules in place of C++ layers, which is slower, with {kind}: {reason}"
+        tell_once(f"{told}; nothing has to be done, the tokens are the same", warn=True)
+
+
 class DirectForward:
     """A packed model as a list of layers. Built by :func:`direct_forward`."""
 
     def __init__(self, model: Any) -> None:
         _check_model(model)
         body = model.model
-        self._model, self._watched = model, Watched(model.modules())
         self._embeddings, self._rotary = body.embed_tokens, body.rotary_emb
         self._layers = [_layer(layer, model.config) for layer in body.layers]
-        self._norm, self._epsilon = body.norm.weight.float().contiguous(), float(body.norm.variance_epsilon)
+        self._norm, self._epsilon = body.norm.weight.detach().float().contiguous(), float(body.norm.variance_epsilon)
         self._head = _matrix(model.lm_head)
+        self._model, self._watched = model, Watched(model.modules(), _copied(model))
 
     def holds(self) -> bool:
         """Whether no tensor of the model was replaced or written to since, and nobody watches its modules."""
@@ -81,7 +95,7 @@ class DirectForward:
         layers = cache.layers
         return (
             texts <= MOST_TEXTS
-            and (new == 1 or compiled.current().tiles)
+            and (new == 1 or takes_prompts())
             and len(layers) == len(self._layers)
             and all(type(layer) is RoomyLayer and layer.texts() in (0, texts) for layer in layers)
         )
@@ -114,7 +128,19 @@ class DirectForward:
         return self._head(normalize(states, self._norm, self._epsilon))
 
 
+def _copied(model: nn.Module) -> Iterator[Tensor]:
+    """What the layers may hold something made of: norms, biases, and what the kernels of packed modules do."""
+    yield from (tensor for tensor in model.parameters() if tensor.dim() < 2)
+    for module in model.modules():
+        if isinstance(module, PackedExpertsMixin):
+            yield from ready_experts(module).copied
+        elif isinstance(module, PackedLinearMixin):
+            yield from ready_linear(module).copied
+
+
 def _check_model(model: Any) -> None:
+    if (missing := native.missing()) is not None:
+        raise _UnlikeError(missing)
     if model.device.type != "cpu":
         raise _UnlikeError(f"the model is on {model.device.type}, wanted cpu")
     kind = getattr(model.config, "model_type", None)
@@ -132,7 +158,7 @@ def _hooked(model: nn.Module) -> str | None:
     """The first module that somebody watches or whose forward was replaced; transformers' own hooks sleep here."""
     for name, module in model.named_modules():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if "forward" in vars(module) or any(getattr(hook, "__module__", None) != output_capturing.__name__ for hook in hooks):
+        if "forward" in vars(module) or not all(is_capturing_hook(hook) for hook in hooks):
             return name
     return None
 
@@ -154,8 +180,8 @@ def _attention(module: Any, config: Any) -> Attention:
         key=_matrix(module.k_proj),
         value=_matrix(module.v_proj),
         output=_matrix(module.o_proj),
-        query_norm=None if query_norm is None else query_norm.weight.float().contiguous(),
-        key_norm=None if key_norm is None else key_norm.weight.float().contiguous(),
+        query_norm=None if query_norm is None else query_norm.weight.detach().float().contiguous(),
+        key_norm=None if key_norm is None else key_norm.weight.detach().float().contiguous(),
         heads=config.num_attention_heads,
         key_heads=config.num_key_value_heads,
         width=module.head_dim,
@@ -178,29 +204,26 @@ def _routed(module: Any) -> RoutedExperts:
     )
 
 
-def _experts(module: Any) -> CpuExperts:
+def _experts(module: Any) -> Run:
     if not isinstance(module, PackedExpertsMixin):
         raise _UnlikeError(f"{type(module).__name__} is not packed")
     layout = packed_layout(module)
     if layout.has_bias or not (layout.has_gate and layout.is_concatenated):
         raise _UnlikeError(f"{type(module).__name__} has biases, no gate, or gates between ups")
     ready = ready_experts(module)
-    if not isinstance(ready.experts, CpuExperts):
-        raise _UnlikeError(f"{type(module).__name__} does not run on the cpu kernels")
-    if ready.gate_up.bias is not None or ready.down.bias is not None:
-        raise _UnlikeError(f"{type(module).__name__} has biases")
-    if ready.experts.compiled is None:
-        raise _UnlikeError(f"{type(module).__name__} has shared factors without a kernel")
-    return ready.experts
+    if reason := refusal(ready.run):
+        raise _UnlikeError(f"{type(module).__name__}: {reason}")
+    return ready.run
 
 
 def _matrix(module: Any) -> Matrix:
     if isinstance(module, PackedLinearMixin):
         ready = ready_linear(module)
-        if not isinstance(ready, CpuLinear):
-            raise _UnlikeError(f"{type(module).__name__} does not run on the cpu kernels")
         bias: Any = module.bias
-        return Matrix(ready, bias, module.weight_dtype)
+        try:
+            return Matrix(ready, bias, module.weight_dtype)
+        except KernelError as error:
+            raise _UnlikeError(f"{type(module).__name__}: {error}") from None
     if type(module).forward is not nn.Linear.forward:
         raise _UnlikeError(f"got {type(module).__name__}, wanted a linear layer")
     return _dense(module.weight, module.bias)

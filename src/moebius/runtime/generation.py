@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
-from moebius.errors import ShapeError
+from moebius.errors import CheckpointError, ShapeError
+from moebius.private_transformers import Cache
 from moebius.runtime.attention import use_single_query_attention
 from moebius.runtime.cache import can_go_on, make_room
-from moebius.runtime.direct import DirectForward, direct_forward
+from moebius.runtime.direct import DirectForward, direct_forward, tell_of_slow_layers
 
 
 class Session:
@@ -63,6 +63,8 @@ class Session:
         token = ids[:, -1]
         if not isinstance(self._direct, DirectForward) or not self._direct.holds():
             self._direct = direct_forward(self.model)
+            if isinstance(self._direct, str):
+                tell_of_slow_layers(self.model, self._direct)
         for step in range(new_tokens):
             logits = self._next(ids if step == 0 else token.unsqueeze(1), begins=step == 0)
             token = torch.where(ended, token, _pick(logits, temperature, generator))
@@ -107,9 +109,16 @@ class Session:
 
 
 def end_tokens_of(model: PreTrainedModel, tokenizer: Any = None) -> set[int]:
-    """The tokens that end a text: those of the model's generation settings and the tokenizer's; either may know one alone."""
+    """The tokens that end a text: those of the model's generation settings and the tokenizer's; either may know one alone.
+
+    Raises:
+        CheckpointError: settings that name something else than tokens.
+    """
     ends = getattr(model.generation_config, "eos_token_id", None)
-    named = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+    listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(type(end) is int and abs(end) < 1 << 63 for end in listed):
+        raise CheckpointError(f"generation_config.json: eos_token_id is {str(ends)[:60]}, wanted a token id or a list of them")
+    named = set(listed)
     own = getattr(tokenizer, "eos_token_id", None)
     return named if own is None else {*named, own}
 

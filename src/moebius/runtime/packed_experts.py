@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 
 from moebius.formats import Packed, PackedProjection
-from moebius.kernels.choice import tell_once, wants_gradients
-from moebius.kernels.routed_experts import prepare
-from moebius.kernels.routed_experts.reference import routed_experts
+from moebius.kernels.choice import tell_of_gradients, wants_gradients
+from moebius.kernels.routed_experts import PackedExperts, prepare, reference
+from moebius.private_transformers import gate
 from moebius.runtime.packed_module import PackedMixin, PackedTensors, Watched, packed_of, swap
 from moebius.types import ExpertsLayout
 
@@ -41,34 +41,51 @@ class PackedExpertsMixin(PackedMixin):
     @torch.compiler.disable
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As transformers' experts: (tokens, hidden), (tokens, top_k), (tokens, top_k) to (tokens, hidden)."""
-        module: Any = self
-        layout = packed_layout(self)
-        own = [getattr(module, f"{name}_bias") if layout.has_bias else None for name in (layout.gate_up_name, layout.down_name)]
-        ready = ready_experts(self)
-        biases = _bias(ready.gate_up, own[0]), _bias(ready.down, own[1])
-        if wants_gradients(hidden_states, top_k_weights, *own):
-            tell_once("gradients are taken through packed experts: they are unpacked in plain PyTorch, which is slower")
-            factors = ready.gate_up, ready.down
-            return routed_experts(hidden_states, top_k_index, top_k_weights, *factors, _activation(module), *biases)
-        return ready.experts(hidden_states, top_k_index, top_k_weights, _activation(module), *biases)
+        if wants_gradients(hidden_states, top_k_weights, *_own_biases(self)):
+            tell_of_gradients()
+            return reference.routed_experts(hidden_states, top_k_index, top_k_weights, packed_experts(self))
+        return ready_experts(self).run(hidden_states, top_k_index, top_k_weights)
 
 
 def _activation(module: Any) -> Callable[[Tensor], Tensor]:
-    activation: Callable[[Tensor], Tensor] = module._apply_gate if packed_layout(module).has_gate else module.act_fn
+    """The module's own; it does not keep the module alive."""
+    itself, has_gate = ref(module), packed_layout(module).has_gate
+
+    def activation(states: Tensor) -> Tensor:
+        module: Any = itself()
+        activated: Tensor = gate(module)(states) if has_gate else module.act_fn(states)
+        return activated
+
     return activation
+
+
+def packed_experts(module: Any) -> PackedExperts:
+    """All that the experts of a packed module compute with, over its tensors as they are now."""
+    projections = packed_projections(module)
+    biases = (_bias(projection, own) for projection, own in zip(projections, _own_biases(module), strict=True))
+    return PackedExperts(*projections, _activation(module), *biases)
+
+
+def _own_biases(module: Any) -> list[Tensor | None]:
+    layout = packed_layout(module)
+    return [getattr(module, f"{name}_bias") if layout.has_bias else None for name in (layout.gate_up_name, layout.down_name)]
 
 
 class ReadyExperts:
     """A layer in the hands of a kernel, and what that was made from."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.gate_up, self.down = packed_projections(module)
-        self.experts = prepare(self.gate_up, self.down, _activation(module))
         layout = packed_layout(module)
+        with torch.no_grad():
+            self.run = prepare(packed_experts(module))
         parents = [(module._modules, name) for name in (layout.gate_up_name, layout.down_name)]
         parents += [(part._modules, name) for part in _projection_tensors(module) for name in part._modules]
+        parents += [(holder, "act_fn") for holder in (module._modules, vars(module)) if "act_fn" in holder]
         self.modules = [(holder, name, holder[name]) for holder, name in parents]
-        self.buffers = Watched(part for _, _, part in self.modules if part is not None)
+        # The module itself holds the biases that are its own.
+        parts = [part for _, _, part in self.modules if isinstance(part, nn.Module)]
+        self.copied = *self.run.copied, *(t for p in packed_projections(module) if p.bias for t in p.bias.tensors().values())
+        self.buffers = Watched([module, *parts], self.copied)
 
     def holds(self) -> bool:
         """Whether no module and no buffer was replaced or written to since."""

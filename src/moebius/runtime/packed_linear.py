@@ -12,8 +12,9 @@ from torch.nn import functional
 
 from moebius.errors import ShapeError, UnsupportedModelError
 from moebius.formats import Packed
-from moebius.kernels.choice import wants_gradients
+from moebius.kernels.choice import tell_of_gradients, wants_gradients
 from moebius.kernels.packed_linear import Linear, prepare
+from moebius.private_transformers import mark_initialized
 from moebius.runtime.packed_module import PackedMixin, Watched, move, packed_of, register, swap
 
 
@@ -59,7 +60,7 @@ class PackedWeightMixin(PackedMixin):
         """(out, in) in the dtype that the parameter would have. It can be read: what is written to it is refused."""
         weight = packed_of(self).unpack()[0].to(self.weight_dtype).as_subclass(UnpackedWeight)
         # The class around it may want to initialize it while transformers loads: it has its values.
-        weight._is_hf_initialized = True  # type: ignore[attr-defined]
+        mark_initialized(weight)
         return weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeightMixin:
@@ -82,6 +83,7 @@ class PackedLinearMixin(PackedWeightMixin):
         if inputs.shape[-1] != self.in_features:
             raise ShapeError(f"packed linear layer: got inputs {tuple(inputs.shape)}, wanted (..., {self.in_features})")
         if wants_gradients(inputs, bias):
+            tell_of_gradients()
             return functional.linear(inputs, self.weight.to(inputs.dtype), bias)
         outputs = ready_linear(self)(inputs.reshape(-1, inputs.shape[-1])).view(*inputs.shape[:-1], -1)
         return outputs if bias is None else outputs.add_(bias)
@@ -95,7 +97,8 @@ def ready_linear(module: PackedLinearMixin) -> Linear:
     """The layer in the hands of its kernel, prepared once for as long as its tensors stay."""
     found = _READY.get(module)
     if found is None or not found[0].unchanged():
-        found = _READY[module] = Watched([module]), prepare(packed_of(module))
+        run = prepare(packed_of(module))
+        found = _READY[module] = Watched([module], run.copied), run
     return found[1]
 
 

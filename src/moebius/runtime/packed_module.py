@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from moebius.formats import Packed, from_tensors
+from moebius.native import Contents
+from moebius.private_transformers import mark_initialized
 
 
 class PackedTensors(nn.Module):
@@ -46,17 +48,33 @@ def packed_of(module: nn.Module) -> Packed:
 
 
 class Watched:
-    """Tensors of some modules as they were when a kernel took them."""
+    """Tensors of some modules as they were when a kernel took them.
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    Args:
+        modules: whose buffers and parameters.
+        copied: those of them that the kernel holds something made of, so that what they hold is looked at too.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], copied: Iterable[Tensor] = ()) -> None:
         # This is asked in every layer for every token: dictionaries are faster than walking through modules.
         holders: list[Any] = [holder for m in modules for holder in (m._buffers, m._parameters)]
         named = [(holder, name, tensor) for holder in holders for name, tensor in holder.items() if tensor is not None]
-        self._tensors = [(holder, name, tensor, _version(tensor)) for holder, name, tensor in named]
+        self._tensors = [(holder, name, tensor, _place(tensor), _version(tensor)) for holder, name, tensor in named]
+        self._contents = Contents(copied)
 
     def unchanged(self) -> bool:
-        """Whether no tensor was replaced or written to since."""
-        return all(holder.get(name) is t and _version(t) == version for holder, name, t, version in self._tensors)
+        """Whether no tensor was replaced, given other memory or written to since, in whatever way."""
+        for holder, name, tensor, place, version in self._tensors:
+            if holder.get(name) is not tensor or _place(tensor) != place or _version(tensor) != version:
+                return False
+        return self._contents.unchanged()
+
+
+def _place(tensor: Tensor) -> int:
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:  # of a subclass without memory of its own
+        return 0
 
 
 def _version(tensor: Tensor) -> int:
@@ -100,4 +118,4 @@ def swap(module: nn.Module, mixin: type) -> None:
     """Put ``mixin`` in front of a module's class. Loading code must not initialize what the checkpoint brings."""
     original: Any = type(module)
     module.__class__ = packed_class(mixin, original)
-    module._is_hf_initialized = True  # type: ignore[assignment]
+    mark_initialized(module)

@@ -2,6 +2,7 @@
 
 from moebius.kernels.decoder_layer.cpu import (
     DTYPES,
+    NOT_ON_CPU,
     Attention,
     DecoderLayer,
     GatedMlp,
@@ -9,7 +10,22 @@ from moebius.kernels.decoder_layer.cpu import (
     RoutedExperts,
     SharedExpert,
     normalize,
+    refusal,
+    takes_prompts,
 )
 from moebius.kernels.decoder_layer.prompt import read
 
-__all__ = ["DTYPES", "Attention", "DecoderLayer", "GatedMlp", "Matrix", "RoutedExperts", "SharedExpert", "normalize", "read"]
+__all__ = [
+    "DTYPES",
+    "NOT_ON_CPU",
+    "Attention",
+    "DecoderLayer",
+    "GatedMlp",
+    "Matrix",
+    "RoutedExperts",
+    "SharedExpert",
+    "normalize",
+    "read",
+    "refusal",
+    "takes_prompts",
+]

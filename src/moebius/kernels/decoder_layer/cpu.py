@@ -1,4 +1,4 @@
-"""On the CPU, in C++ (the ``csrc/`` of the routed experts). States are float32 from one end to the other.
+"""On the CPU, in C++ (:mod:`moebius.native`). States are float32 from one end to the other.
 
 The layer is the one that OLMoE, Qwen's MoE models and Mixtral share: ``x + attention(norm(x))``, then ``x + experts(norm(x))``.
 """
@@ -11,48 +11,54 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moebius import native
+from moebius.errors import KernelError, ShapeError
+from moebius.kernels.packed_linear import Linear
 from moebius.kernels.packed_linear.cpu import CpuLinear
-from moebius.kernels.routed_experts import cpu as compiled
+from moebius.kernels.routed_experts import Run
 from moebius.kernels.routed_experts.cpu import CpuExperts
 
 #: What dense matrices, keys and values may be stored as.
 DTYPES = (torch.float32, torch.bfloat16)
-#: Rows of inputs up to which reading a matrix for each of them is faster than a dense product.
-_FEW_INPUTS = 8
+#: Why experts of another backend cannot be part of a layer.
+NOT_ON_CPU = "its experts do not run on the cpu kernels"
 
 
 class Matrix:
     """A linear layer, packed or dense.
 
     Args:
-        weight: a packed matrix in the hands of its kernel, or (out, in) in one of :data:`DTYPES`.
+        weight: a packed matrix in the hands of its backend, or (out, in) in one of :data:`DTYPES`.
         bias: (out,) or None.
         dtype: of dense products with a packed matrix, where it has to be unpacked for many inputs.
+
+    Raises:
+        KernelError: a packed matrix in the hands of another backend.
+        ShapeError: a dense matrix of another dtype, or that is not contiguous.
     """
 
-    def __init__(self, weight: CpuLinear | Tensor, bias: Tensor | None = None, dtype: torch.dtype = torch.float32) -> None:
-        bias = None if bias is None else bias.float().contiguous()
-        self._dtype = compiled.product_dtype(dtype)
-        self.held = weight, bias
-        address = 0 if bias is None else bias.data_ptr()
-        if isinstance(weight, CpuLinear):
+    def __init__(self, weight: Linear | Tensor, bias: Tensor | None = None, dtype: torch.dtype = torch.float32) -> None:
+        bias = None if bias is None else bias.detach().float().contiguous()
+        self._dtype = native.product_dtype(dtype)
+        if isinstance(weight, Tensor):
+            weight = weight.detach()
+            if weight.dtype not in DTYPES or not weight.is_contiguous():
+                got = f"{weight.dtype}, strides {weight.stride()}"
+                raise ShapeError(f"decoder layer: got a matrix in {got}, wanted contiguous float32 or bfloat16")
+            self.rows, self.columns = weight.shape
+            self.compiled = native.extension().Matrix(None, weight, bias)
+        elif isinstance(weight, CpuLinear):
             self.rows, self.columns = weight.rows, weight.columns
-            self.compiled = compiled.extension().Matrix(weight.linear, 0, False, self.rows, self.columns, address)
-            return
-        if weight.dtype not in DTYPES or not weight.is_contiguous():
-            raise ValueError(f"weight: got {weight.dtype}, strides {weight.stride()}, wanted contiguous float32 or bfloat16")
-        self.rows, self.columns = weight.shape
-        bf16 = weight.dtype == torch.bfloat16
-        self.compiled = compiled.extension().Matrix(None, weight.data_ptr(), bf16, self.rows, self.columns, address)
+            self.compiled = native.extension().Matrix(weight.linear, None, bias)
+        else:
+            raise KernelError("decoder layer: got a packed matrix that does not run on the cpu kernels")
+        self.held: tuple[CpuLinear | Tensor, Tensor | None] = weight, bias
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """(n, in) to (n, out), both float32."""
-        if len(inputs) > _FEW_INPUTS:
+        if len(inputs) > native.extension().FEW_INPUTS:
             return self._many(inputs)
-        inputs, outputs = inputs.contiguous(), torch.empty(len(inputs), self.rows)
-        addresses = inputs.data_ptr(), outputs.data_ptr()
-        self.compiled.apply(*addresses, len(inputs), compiled.current(), torch.get_num_threads())
-        return outputs
+        return native.multiplied(self.compiled, inputs, torch.empty(len(inputs), self.rows))
 
     def exactly(self, inputs: Tensor) -> Tensor:
         """The same without rounding inputs, for a dense matrix: of a router, that could choose other experts."""
@@ -120,14 +126,29 @@ class SharedExpert:
 class RoutedExperts:
     """The likeliest ``top_k`` experts by a softmax of the router; ``normalized``: their weights add up to one.
 
-    The activation is SiLU of the first half of ``gate_up`` times the second. ``experts`` have to be ``compiled``.
+    The activation is SiLU of the first half of ``gate_up`` times the second. Which ``experts`` can be in a layer says
+    :func:`refusal`.
     """
 
     router: Matrix
     top_k: int
     normalized: bool
-    experts: CpuExperts
+    experts: Run
     shared: SharedExpert | None
+
+
+def refusal(experts: Run) -> str | None:
+    """What keeps prepared experts from being part of a layer, in words; None if nothing does."""
+    if not isinstance(experts, CpuExperts):
+        return NOT_ON_CPU
+    if experts.compiled is None:
+        return "its experts have biases, another activation than gates in SiLU, or shared factors without a kernel"
+    return None
+
+
+def takes_prompts() -> bool:
+    """Whether several tokens at once are faster through a layer than through PyTorch."""
+    return native.has_tiles()
 
 
 class DecoderLayer:
@@ -142,22 +163,19 @@ class DecoderLayer:
     def __init__(
         self, attention_norm: Tensor, mlp_norm: Tensor, epsilon: float, attention: Attention, mlp: GatedMlp | RoutedExperts
     ) -> None:
-        self.attention_norm, self.mlp_norm = attention_norm.float().contiguous(), mlp_norm.float().contiguous()
+        self.attention_norm, self.mlp_norm = (norm.detach().float().contiguous() for norm in (attention_norm, mlp_norm))
         self.epsilon, self.attention, self.mlp = epsilon, attention, mlp
-        norms = (self.attention_norm, self.mlp_norm, attention.query_norm, attention.key_norm)
-        first, second, query_norm, key_norm = (0 if norm is None else norm.data_ptr() for norm in norms)
         matrices = (matrix.compiled for matrix in (attention.query, attention.key, attention.value, attention.output))
         shape = attention.heads, attention.key_heads, attention.width, attention.scaling
-        self._layer = compiled.extension().DecoderLayer(
-            first, second, epsilon, *matrices, query_norm, key_norm, attention.norms_heads(), *shape
-        )
+        norms = attention.query_norm, attention.key_norm
+        self._layer = native.extension().DecoderLayer(self.attention_norm, self.mlp_norm, epsilon, *matrices, *norms, *shape)
         if isinstance(mlp, GatedMlp):
             self._layer.set_dense(mlp.gate.compiled, mlp.up.compiled, mlp.down.compiled)
         else:
             self._set_routed(mlp)
 
     def _set_routed(self, mlp: RoutedExperts) -> None:
-        self._layer.set_routed(mlp.router.compiled, mlp.top_k, mlp.normalized, mlp.experts.compiled)
+        self._layer.set_routed(mlp.router.compiled, mlp.top_k, mlp.normalized, compiled_experts(mlp.experts).compiled)
         if mlp.shared is not None:
             parts = mlp.shared.mlp.gate, mlp.shared.mlp.up, mlp.shared.mlp.down, mlp.shared.gate
             self._layer.set_shared(*(matrix.compiled for matrix in parts))
@@ -167,22 +185,29 @@ class DecoderLayer:
 
         Args:
             states: (texts, hidden) float32, changed in place.
-            cosines, sines: (width,) float32, of the token's position.
+            cosines, sines: (1, width) float32, of the token's position.
             keys, values: (texts, key heads, tokens, width) in one of :data:`DTYPES`, each head contiguous; the last token's
                 are written here.
         """
-        caches = (number for part in (keys, values) for number in (part.data_ptr(), part.stride(0), part.stride(1)))
-        bf16, length = keys.dtype == torch.bfloat16, keys.shape[2] - 1
-        addresses = states.data_ptr(), len(states), cosines.data_ptr(), sines.data_ptr()
-        self._layer.step(*addresses, *caches, bf16, length, compiled.current(), torch.get_num_threads())
+        self._layer.step(states, cosines, sines, keys, values, torch.get_num_threads())
+
+
+def compiled_experts(experts: Run) -> CpuExperts:
+    """Experts that :func:`refusal` lets through.
+
+    Raises:
+        KernelError: others.
+    """
+    if reason := refusal(experts):
+        raise KernelError(f"decoder layer: {reason}")
+    assert isinstance(experts, CpuExperts)
+    return experts
 
 
 def normalize(states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """An RMS norm: (n, width) contiguous float32 to the same."""
     outputs = torch.empty_like(states)
-    sizes = epsilon, len(states), states.shape[1]
-    level, threads = compiled.current(), torch.get_num_threads()
-    compiled.extension().normalize(states.data_ptr(), weight.data_ptr(), *sizes, outputs.data_ptr(), level, threads)
+    native.extension().normalize(states, weight, epsilon, outputs, torch.get_num_threads())
     return outputs
 
 
@@ -203,12 +228,5 @@ def place_heads(
         epsilon: of the norm.
         positions: cosines and sines, (tokens, width) contiguous float32.
     """
-    texts, heads, length, width = room.shape
-    tokens = len(states) // texts
-    weight = 0 if norm is None else norm.data_ptr()
-    cosines, sines = (0, 0) if positions is None else (tensor.data_ptr() for tensor in positions)
-    target = room.data_ptr(), room.stride(0), room.stride(1), room.dtype == torch.bfloat16, length - tokens
-    compiled.extension().place_heads(
-        states.data_ptr(), heads, width, weight, epsilon, cosines, sines, texts, tokens, *target,
-        compiled.current(), torch.get_num_threads(),
-    )  # fmt: skip
+    cosines, sines = positions or (None, None)
+    native.extension().place_heads(states, room, norm, epsilon, cosines, sines, torch.get_num_threads())

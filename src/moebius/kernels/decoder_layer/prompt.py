@@ -12,6 +12,7 @@ from moebius.kernels.decoder_layer.cpu import (
     GatedMlp,
     Matrix,
     RoutedExperts,
+    compiled_experts,
     normalize,
     place_heads,
 )
@@ -100,7 +101,7 @@ def _through_mlp(mlp: GatedMlp | RoutedExperts, inputs: Tensor) -> Tensor:
     weights, chosen = mlp.router.exactly(inputs).softmax(-1).topk(mlp.top_k)
     if mlp.normalized:
         weights = weights / weights.sum(-1, keepdim=True)
-    outputs = mlp.experts.with_silu(inputs, chosen, weights)
+    outputs = compiled_experts(mlp.experts).in_one_call(inputs, chosen, weights)
     if mlp.shared is not None:
         outputs += _through_gate(mlp.shared.mlp, inputs) * mlp.shared.gate(inputs).sigmoid_()
     return outputs

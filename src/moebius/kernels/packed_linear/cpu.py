@@ -1,4 +1,4 @@
-"""On the CPU, from the stored integers: C++ in the ``csrc/`` of the routed experts.
+"""On the CPU, from the stored integers: in C++ (:mod:`moebius.native`).
 
 For a few rows of inputs, these are rounded to 13 bits and a sign and multiplied with the codes in integers, exactly, so that
 every level of instructions gives the same bits. For many, codes of eight bits are multiplied as those of shared factors are,
@@ -12,12 +12,12 @@ import threading
 import torch
 from torch import Tensor
 
+from moebius import native
 from moebius.formats import Packed
 from moebius.formats.integers import Integers
-from moebius.kernels.routed_experts import cpu as compiled
+from moebius.kernels.cpu_factors import kernel_of
+from moebius.kernels.packed_linear.reference import check_call
 
-#: Rows of inputs up to which reading codes for each of them is faster than unpacking them once.
-_FEW_INPUTS = 8
 #: Weights that are unpacked at a time.
 _UNPACKED_WEIGHTS = 1 << 22
 _GROUPS = (32, 64, 128)
@@ -28,8 +28,8 @@ _scratch = threading.local()
 
 def refusal(weight: Packed) -> str | None:
     """What keeps :class:`CpuLinear` from a matrix, in words; None if nothing does."""
-    if compiled.missing() is not None:
-        return compiled.missing()
+    if native.missing() is not None:
+        return native.missing()
     if not isinstance(weight, Integers) or weight.zero_points or weight.batch != 1:
         return f"it is stored as {weight.spec()}, wanted one matrix of symmetric integers"
     if (weight.bits, weight.groups) != (8, 1) and (weight.bits != 4 or _group_size(weight) not in _GROUPS):
@@ -49,30 +49,34 @@ class CpuLinear:
 
     def __init__(self, weight: Packed) -> None:
         assert isinstance(weight, Integers) and weight.codes is not None and weight.scales is not None
-        self.rows, self.columns = weight.rows, weight.columns
-        self.held = weight.codes.contiguous(), weight.scales.contiguous()
-        shape = weight.rows, weight.columns, weight.bits, _group_size(weight)
+        self.weight, self.rows, self.columns = weight, weight.rows, weight.columns
+        # Whatever memory the tensors are given later, theirs of now stays.
+        self.held = weight.codes.detach().contiguous(), weight.scales.detach().contiguous()
         # As rows of bytes, for products of many inputs.
-        self.bytes = compiled.kernel_of(weight) if weight.bits == 8 else None
-        self.linear = compiled.extension().PackedLinear(*shape, *(tensor.data_ptr() for tensor in self.held))
+        self.bytes = kernel_of(weight) if weight.bits == 8 else None
+        copied = [
+            t for t, held in zip((weight.codes, weight.scales), self.held, strict=True) if t.data_ptr() != held.data_ptr()
+        ]
+        self.copied = (*copied, *(self.bytes.copied if self.bytes is not None else ()))
+        codes, scales = (tensor.squeeze(0) for tensor in self.held)
+        self.linear = native.extension().PackedLinear(weight.columns, weight.bits, _group_size(weight), codes, scales)
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """(n, in) to (n, out), in the dtype of the inputs."""
+        check_call(inputs, self.weight)
+        inputs = inputs.detach()
         if inputs.dtype not in _DTYPES:
             return self(inputs.float()).to(inputs.dtype)
-        if len(inputs) > _FEW_INPUTS:
+        if len(inputs) > native.extension().FEW_INPUTS:
             return self._many(inputs)
-        inputs, outputs = inputs.contiguous(), inputs.new_empty(len(inputs), self.rows)
-        addresses, bf16 = (inputs.data_ptr(), outputs.data_ptr()), inputs.dtype == torch.bfloat16
-        self.linear.apply(*addresses, len(inputs), bf16, compiled.current(), torch.get_num_threads())
-        return outputs
+        return native.multiplied(self.linear, inputs, inputs.new_empty(len(inputs), self.rows))
 
     def _many(self, inputs: Tensor) -> Tensor:
         if self.bytes is not None and self.bytes.has_tiles():
             return self.bytes.packed(inputs.float()).to(inputs.dtype)
-        dtype = compiled.product_dtype(inputs.dtype)
+        dtype = native.product_dtype(inputs.dtype)
         states = inputs.to(dtype)
-        outputs, step = states.new_empty(len(inputs), self.rows), max(1, _UNPACKED_WEIGHTS // self.columns)
+        outputs, step = states.new_empty(len(inputs), self.rows), max(1, _UNPACKED_WEIGHTS // max(1, self.columns))
         for first in range(0, self.rows, step):
             count = min(step, self.rows - first)
             torch.mm(states, self._unpacked(first, count, dtype).mT, out=outputs[:, first : first + count])
@@ -84,6 +88,6 @@ class CpuLinear:
         buffer: Tensor | None = getattr(_scratch, "buffer", None)
         if buffer is None or buffer.numel() < wanted:
             buffer = _scratch.buffer = torch.empty(wanted, dtype=torch.uint8)
-        bf16, threads = dtype == torch.bfloat16, torch.get_num_threads()
-        self.linear.unpack(first, count, buffer.data_ptr(), bf16, compiled.current(), threads)
-        return buffer[:wanted].view(dtype).view(count, self.columns)
+        matrix = buffer[:wanted].view(dtype).view(count, self.columns)
+        self.linear.unpack(first, matrix, torch.get_num_threads())
+        return matrix

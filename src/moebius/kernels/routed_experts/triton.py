@@ -9,30 +9,30 @@ kernels and made the tables.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
-from moebius.errors import ShapeError
 from moebius.formats import Packed, PackedProjection
-from moebius.formats.bits import packed_width, unpack
+from moebius.formats.bits import packed_width
 from moebius.formats.graded import Graded
 from moebius.formats.integers import Integers
 from moebius.formats.logarithmic import decode
-from moebius.formats.planes import AMPLITUDES, MOST_PLANES, Planes
+from moebius.formats.planes import Planes
 from moebius.formats.signs import Signs
+from moebius.kernels.amplitudes import amplitudes
+from moebius.kernels.routed_experts import reference
 from moebius.kernels.routed_experts import triton_kernels as kernels
 from moebius.kernels.routed_experts.activations import ACTIVATIONS, recognize
+from moebius.kernels.routed_experts.experts import PackedExperts, Prepared, Run
+from moebius.kernels.routed_experts.triton_route import Route, route_of, triton_type
+from moebius.kernels.routed_experts.triton_tables import as_words, directory_of, forget, picked_columns, remembered, words_of
 
-#: Slots up to which a program finds those of its expert by itself. Beyond, they are sorted first.
-_SCANNED = 256
 #: Programs that keep a large GPU busy. A number for each device would sum in another order on each.
 _BUSY = 512
 #: Most parts that a sum is split into to have so many.
@@ -44,66 +44,54 @@ _OVER_ROWS = {16: (64, 16), 32: (64, 8), 64: (32, 4)}
 _ROWS = 64
 
 
-def routed_experts(
-    hidden: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    gate_up: PackedProjection,
-    down: PackedProjection,
-    activation: Callable[[Tensor], Tensor],
-    gate_up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-) -> Tensor:
-    """What :func:`moebius.kernels.routed_experts.reference.routed_experts` defines, for what :func:`supports` lets through.
+def prepare(experts: PackedExperts) -> Run:
+    """What :func:`moebius.kernels.routed_experts.reference.routed_experts` defines, for what :func:`refusal` lets through.
 
     Factors of products are bf16 numbers and sums float32; with hidden states of float32 or more, all is float32. Repeats give
     the same bits: every slot is written once and summed in order.
-
-    Args:
-        hidden: (tokens, hidden), any floating dtype.
-        top_k_index: (tokens, top_k), any integer dtype. An index that is no expert (padding) adds nothing.
-        top_k_weights: (tokens, top_k).
-        gate_up: (experts, gate_up channels, hidden).
-        down: (experts, hidden, inner).
-        activation: (n, gate_up channels) to (n, inner).
-        gate_up_bias: (experts, gate_up channels), or None.
-        down_bias: (experts, hidden), or None.
-
-    Returns:
-        (tokens, hidden), dtype of ``hidden``.
-
-    Raises:
-        ShapeError: for what :func:`supports` does not let through.
     """
-    if reason := refusal(gate_up, down, activation):
-        raise ShapeError(f"routed_experts in Triton: {reason}; use the reference instead")
-    if not top_k_index.numel():
-        return torch.zeros_like(hidden)
-    act = recognize(activation, gate_up.shape[1])
+    act = recognize(experts.activation, experts.gate_up.shape[1])
     assert act is not None
-    route = _route(top_k_index, gate_up.factor.batch, hidden.dtype)
+    copied = tuple(_tabulated(experts))
+    forget(copied)
+    return Prepared(partial(_routed_experts, experts, act), copied)
 
+
+def _tabulated(experts: PackedExperts) -> Iterator[Tensor]:
+    """Stored tensors that tables are made of."""
+    for projection in (experts.gate_up, experts.down):
+        for name, part in projection.parts().items():
+            kept = {"widths", "salient_mask"} if name == "factor" else {"scales", "scale_codes", "scale_grid"}
+            yield from (tensor for name, tensor in part.tensors().items() if name in kept)
+
+
+def _routed_experts(
+    experts: PackedExperts, act: tuple[str, bool], hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    experts.check_call(hidden, top_k_index, top_k_weights)
+    gate_up, down = experts.gate_up, experts.down
+    if not top_k_index.numel() or not gate_up.factor.rows * gate_up.factor.columns * down.factor.rows * down.factor.columns:
+        return reference.routed_experts(hidden, top_k_index, top_k_weights, experts)
+    route = route_of(top_k_index, experts.count, hidden.dtype)
     coordinates = _through(gate_up.right, hidden.contiguous(), route)
     states = _gate_up(gate_up.factor, coordinates, route)
     states = states.through(gate_up.left, route)
-    outputs = _down(down, states, act, gate_up_bias, route)
+    outputs = _down(down, states, act, experts.gate_up_bias, route)
     sums = _weighted_sum(outputs, top_k_weights, route, hidden.dtype if down.left is None else torch.float32)
     result = _through(down.left, sums, route, hidden.dtype)
-    return result if down_bias is None else result + _weighted_bias(down_bias, top_k_weights, route).to(result.dtype)
+    if experts.down_bias is None:
+        return result
+    return result + reference.routed_bias(top_k_index, top_k_weights, experts.down_bias).to(result.dtype)
 
 
-def supports(gate_up: PackedProjection, down: PackedProjection, activation: Callable[[Tensor], Tensor]) -> bool:
-    """Whether :func:`routed_experts` can run a layer."""
-    return refusal(gate_up, down, activation) is None
-
-
-def refusal(gate_up: PackedProjection, down: PackedProjection, activation: Callable[[Tensor], Tensor]) -> str | None:
-    """What keeps :func:`routed_experts` from running a layer, in words; None if nothing does.
+def refusal(experts: PackedExperts) -> str | None:
+    """What keeps :func:`prepare` from running a layer, in words; None if nothing does.
 
     It runs experts of sign planes: ``gate_up`` of input directions, ``down`` of output directions, or either of plain signs;
     shared factors of integers whose rows have one scale each; and the activations in :data:`ACTIVATIONS`, applied to the first
     half of the channels and multiplied with the second, or to all channels.
     """
+    gate_up, down = experts.gate_up, experts.down
     for name, projection, side in (("gate_up", gate_up, "input"), ("down", down, "output")):
         factor = projection.factor
         if isinstance(factor, Planes):
@@ -121,78 +109,9 @@ def refusal(gate_up: PackedProjection, down: PackedProjection, activation: Calla
             return f"{name} is on {device}, wanted a CUDA device"
     if isinstance(gate_up.factor, Planes) and gate_up.left is not None:
         return "gate_up has planes behind a left factor"
-    if recognize(activation, gate_up.shape[1]) is None:
+    if recognize(experts.activation, gate_up.shape[1]) is None:
         return f"the activation is none of {', '.join(ACTIVATIONS)}, with its gate in the first half of the channels or without"
     return None
-
-
-# Which expert has which tokens
-
-
-@dataclass(frozen=True)
-class _Route:
-    """Slots and the blocks of slots that programs work for.
-
-    Attributes:
-        index: expert of every slot, (slots,).
-        block: slots of a block.
-        scan: slots to scan, rounded up to a power of two; 0 if the blocks are prepared.
-        blocks: programs that handle all of them.
-        order, block_expert, block_begin, block_end: slots by expert, and expert and range of each block. Unused with ``scan``.
-        type: of the factors of products.
-    """
-
-    index: Tensor
-    tokens: int
-    top_k: int
-    experts: int
-    block: int
-    scan: int
-    blocks: int
-    order: Tensor
-    block_expert: Tensor
-    block_begin: Tensor
-    block_end: Tensor
-    type: torch.dtype
-
-    @property
-    def slots(self) -> int:
-        """Pairs of a token and one of its choices."""
-        return self.tokens * self.top_k
-
-    def members(self) -> tuple[Tensor, ...]:
-        """What ``_members`` in the kernels reads."""
-        return self.index, self.order, self.block_expert, self.block_begin, self.block_end
-
-    def settings(self) -> dict[str, Any]:
-        """What kernels that multiply with signs are compiled for."""
-        return {"M": self.block, "SCAN": self.scan, "TYPE": _triton_type(self.type)}
-
-
-def _route(top_k_index: Tensor, experts: int, dtype: torch.dtype) -> _Route:
-    tokens, top_k = top_k_index.shape
-    index, slots = top_k_index.reshape(-1).contiguous(), tokens * top_k
-    kind = torch.float32 if dtype in (torch.float32, torch.float64) else torch.bfloat16
-    if slots <= _SCANNED:
-        scan = max(16, triton.next_power_of_2(slots))
-        return _Route(index, tokens, top_k, experts, 16, scan, slots, index, index, index, index, kind)
-    block = _block(slots, experts)
-    blocks = slots // block + min(slots, experts)  # as many as there can be
-    # Padding sorts behind all experts.
-    ranked, order = torch.where((index >= 0) & (index < experts), index, experts).sort(stable=True)
-    starts = torch.searchsorted(ranked, torch.arange(experts + 1, device=index.device, dtype=ranked.dtype))
-    shares = (starts.diff() + block - 1) // block
-    ends = shares.cumsum(0)
-    number = torch.arange(blocks, device=index.device)
-    expert = torch.searchsorted(ends, number, right=True)  # ``experts`` for blocks that are not needed
-    mine = expert.clamp(max=experts - 1)
-    begin = starts[mine] + (number - ends[mine] + shares[mine]) * block
-    return _Route(index, tokens, top_k, experts, block, 0, blocks, order, expert, begin, starts[mine + 1], kind)
-
-
-def _block(slots: int, experts: int) -> int:
-    """Slots of a block: about as many as an expert has."""
-    return min(64, max(16, triton.next_power_of_2(slots // experts)))
 
 
 # Shared factors
@@ -208,7 +127,7 @@ class _Rows:
     only_bytes: bool
 
 
-def _through(factor: Packed | None, states: Tensor, route: _Route, dtype: torch.dtype = torch.float32) -> Tensor:
+def _through(factor: Packed | None, states: Tensor, route: Route, dtype: torch.dtype = torch.float32) -> Tensor:
     """States (n, in) through a shared factor, (n, out)."""
     if factor is None:
         return states
@@ -223,7 +142,7 @@ def _through(factor: Packed | None, states: Tensor, route: _Route, dtype: torch.
     kernels.shared_kernel[(triton.cdiv(count, M), triton.cdiv(factor.rows, N), splits)](
         states, factor.codes, rows.begins, rows.bits, rows.scales, out,
         count, factor.columns, factor.rows, per_split,
-        M=M, N=N, K=K, ALONG=along, BYTES=rows.only_bytes, TYPE=_triton_type(route.type), num_warps=4,
+        M=M, N=N, K=K, ALONG=along, BYTES=rows.only_bytes, TYPE=triton_type(route.type), num_warps=4,
     )  # fmt: skip
     return out[0] if splits == 1 else _sum_of_splits(out, dtype)
 
@@ -237,8 +156,8 @@ def _sum_of_splits(parts: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _rows(factor: Graded | Integers) -> _Rows:
     if isinstance(factor, Graded):
-        return _remembered(factor.scale_codes, lambda: _graded_rows(factor), factor.scale_grid, factor.grades)
-    return _remembered(factor.scales, lambda: _integer_rows(factor))
+        return remembered(factor.scale_codes, lambda: _graded_rows(factor), factor.scale_grid, factor.grades)
+    return remembered(factor.scales, lambda: _integer_rows(factor))
 
 
 def _graded_rows(factor: Graded) -> _Rows:
@@ -269,11 +188,11 @@ class _States:
     channels: int
     planes: Planes | None = None
 
-    def through(self, factor: Packed | None, route: _Route) -> _States:
+    def through(self, factor: Packed | None, route: Route) -> _States:
         return self if factor is None else _States(_through(factor, self.values, route), factor.rows)
 
 
-def _gate_up(factor: Packed, coordinates: Tensor, route: _Route) -> _States:
+def _gate_up(factor: Packed, coordinates: Tensor, route: Route) -> _States:
     """The factor applied to the coordinates (tokens, in) of the token of each slot."""
     if isinstance(factor, Planes):
         return _over_rows(factor, coordinates, route)
@@ -282,7 +201,7 @@ def _gate_up(factor: Packed, coordinates: Tensor, route: _Route) -> _States:
     return _States(_along(factor, prepared, route), factor.rows)
 
 
-def _down(down: PackedProjection, states: _States, act: tuple[str, bool], bias: Tensor | None, route: _Route) -> Tensor:
+def _down(down: PackedProjection, states: _States, act: tuple[str, bool], bias: Tensor | None, route: Route) -> Tensor:
     """Activation, then the right and the expert factor of ``down``: float32 (slots, rows of the factor)."""
     if down.right is None:
         return _along(down.factor, _prepare(down.factor, states, route, act=act, bias=bias), route)
@@ -290,19 +209,19 @@ def _down(down: PackedProjection, states: _States, act: tuple[str, bool], bias: 
     return _along(down.factor, _prepare(down.factor, inner, route), route)
 
 
-def _over_rows(factor: Planes, coordinates: Tensor, route: _Route) -> _States:
+def _over_rows(factor: Planes, coordinates: Tensor, route: Route) -> _States:
     assert factor.signs is not None and factor.widths is not None
-    words, directory = _words(factor.entries), _directory(factor)
+    words, directory = words_of(factor.entries), directory_of(factor)
     # Sixteen words to a warp: fewer would make warps repeat each other.
     Q, (K, steps) = 64 if words % 64 == 0 else 32, _OVER_ROWS[route.block]
     tiles = triton.cdiv(words, Q) * (16 // steps)
     splits = 2 ** int(math.log2(min(_MOST_SPLITS, max(1, _BUSY // (route.blocks * tiles)))))
     out = coordinates.new_empty(splits, route.slots, 16 * words, dtype=torch.float32)
-    signs, wide = _wide(factor.signs)
+    signs, wide = as_words(factor.signs)
     kernels.over_rows_kernel[(route.blocks, tiles, splits)](
         coordinates, out, *route.members(),
         signs, directory.widths, directory.rows, directory.codes, directory.grids,
-        factor.direction_codes, factor.direction_grids, _amplitudes(out.device),
+        factor.direction_codes, factor.direction_grids, amplitudes(out.device),
         route.slots, route.experts, route.top_k, coordinates.shape[1], words, factor.signs.shape[1],
         Q=Q, K=K, STEPS=steps, SPLITS=splits,
         PLANES=directory.planes, BITS=factor.scale_bits, WIDE=wide, **route.settings(), num_warps=Q // 16,
@@ -310,32 +229,32 @@ def _over_rows(factor: Planes, coordinates: Tensor, route: _Route) -> _States:
     return _States(out, factor.entries, factor)
 
 
-def _along(factor: Packed, prepared: Tensor, route: _Route) -> Tensor:
+def _along(factor: Packed, prepared: Tensor, route: Route) -> Tensor:
     """Prepared states through a factor whose stored rows are outputs: float32 (slots, rows). Padding slots are not written."""
     assert isinstance(factor, (Planes, Signs)) and factor.signs is not None
     out = prepared.new_empty(route.slots, factor.rows, dtype=torch.float32)
     grid = (route.blocks, triton.cdiv(factor.rows, _ROWS))
-    signs, wide = _wide(factor.signs)
-    words, row_bytes = _words(factor.columns), packed_width(factor.columns, 1)
+    signs, wide = as_words(factor.signs)
+    words, row_bytes = words_of(factor.columns), packed_width(factor.columns, 1)
     # States of the sixteen steps are on their way at once: two stages of 64 slots and 16 words fill 64 KiB of shared memory.
     words_at_once, stages = (32, 3) if route.block == 16 else (16, 2)
     tile: dict[str, Any] = {"N": _ROWS, "Q": words_at_once, "WIDE": wide, **route.settings()}
     tile |= {"num_warps": 4, "num_stages": stages}
     if isinstance(factor, Planes):
-        directory = _directory(factor)
+        directory = directory_of(factor)
         kernels.along_planes_kernel[grid](
             prepared, out, *route.members(),
             signs, directory.widths, directory.rows, directory.codes, directory.grids,
-            factor.direction_codes, factor.direction_grids, _amplitudes(out.device),
+            factor.direction_codes, factor.direction_grids, amplitudes(out.device),
             route.slots, route.experts, factor.rows, words, row_bytes,
             PLANES=directory.planes, BITS=factor.scale_bits, **tile,
         )  # fmt: skip
         return out
-    salient, salient_wide = (signs, wide) if factor.salient_signs is None else _wide(factor.salient_signs)
+    salient, salient_wide = (signs, wide) if factor.salient_signs is None else as_words(factor.salient_signs)
     kernels.along_signs_kernel[grid](
         prepared, out, *route.members(),
         signs, salient, factor.row_scales,
-        route.slots, route.experts, factor.rows, words, row_bytes, _words(factor.salient), packed_width(factor.salient, 1),
+        route.slots, route.experts, factor.rows, words, row_bytes, words_of(factor.salient), packed_width(factor.salient, 1),
         SALIENT=factor.salient > 0, SALIENT_WIDE=salient_wide, **tile,
     )  # fmt: skip
     return out
@@ -344,7 +263,7 @@ def _along(factor: Packed, prepared: Tensor, route: _Route) -> Tensor:
 def _prepare(
     reader: Packed | None,
     states: _States,
-    route: _Route,
+    route: Route,
     *,
     act: tuple[str, bool] = ("", False),
     bias: Tensor | None = None,
@@ -375,13 +294,13 @@ def _left(states: _States) -> dict[str, Any]:
     if planes is None:
         tensors = dict.fromkeys(("up_widths", "up_places", "up_codes", "up_grids"))
         return {**tensors, "up_words": 0, "up_bytes": 0, "SPLITS": 0, "UP_PLANES": 1, "UP_BITS": 8}
-    directory = _directory(planes)
+    directory = directory_of(planes)
     return {
         "up_widths": directory.widths,
         "up_places": directory.grids,
         "up_codes": planes.entry_codes,
         "up_grids": planes.entry_grids,
-        "up_words": _words(planes.entries),
+        "up_words": words_of(planes.entries),
         "up_bytes": packed_width(planes.entries, planes.scale_bits),
         "SPLITS": len(states.values),
         "UP_PLANES": directory.planes,
@@ -398,26 +317,26 @@ class _Writes:
 
 
 def _writes(reader: Packed | None, entries: int) -> _Writes:
-    words = _words(entries)
+    words = words_of(entries)
     blank: dict[str, Any] = dict.fromkeys(("scales", "places", "grids", "widths", "picked", "picked_scales"))
     blank |= {"words": words, "code_bytes": 0, "salient": 0, "salient_words": 0, "READER": "plain", "PLANES": 1, "BITS": 8}
     if isinstance(reader, Planes):
-        directory = _directory(reader)
+        directory = directory_of(reader)
         return _Writes(16 * words, blank | {
             "scales": reader.entry_codes, "places": directory.grids, "grids": reader.entry_grids, "widths": directory.widths,
             "code_bytes": packed_width(entries, reader.scale_bits),
             "READER": "planes", "PLANES": directory.planes, "BITS": reader.scale_bits,
         })  # fmt: skip
     if isinstance(reader, Signs):
-        salient_words = _words(reader.salient)
+        salient_words = words_of(reader.salient)
         return _Writes(16 * (words + salient_words), blank | {
-            "scales": reader.column_scales, "picked": _picked(reader), "picked_scales": reader.salient_column_scales,
+            "scales": reader.column_scales, "picked": picked_columns(reader), "picked_scales": reader.salient_column_scales,
             "salient": reader.salient, "salient_words": salient_words, "READER": "signs",
         })  # fmt: skip
     return _Writes(entries, blank)
 
 
-def _weighted_sum(outputs: Tensor, weights: Tensor, route: _Route, dtype: torch.dtype) -> Tensor:
+def _weighted_sum(outputs: Tensor, weights: Tensor, route: Route, dtype: torch.dtype) -> Tensor:
     """Outputs (slots, width) summed over the slots of each token, times the routing weights: (tokens, width)."""
     width = outputs.shape[1]
     out, block = outputs.new_empty(route.tokens, width, dtype=dtype), min(512, triton.next_power_of_2(width))
@@ -425,99 +344,3 @@ def _weighted_sum(outputs: Tensor, weights: Tensor, route: _Route, dtype: torch.
         outputs, out, route.index, weights.contiguous(), route.experts, route.top_k, width, BLOCK=block, num_warps=4
     )
     return out
-
-
-def _weighted_bias(bias: Tensor, weights: Tensor, route: _Route) -> Tensor:
-    """Biases (experts, out) summed over the slots of each token, times the routing weights: float32 (tokens, out)."""
-    index = route.index.view(route.tokens, route.top_k)
-    routing = torch.zeros(route.tokens, route.experts + 1, device=index.device)  # the last column takes the padding
-    chosen = torch.where((index >= 0) & (index < route.experts), index, route.experts).long()
-    routing.scatter_add_(1, chosen, weights.float())
-    return routing[:, :-1] @ bias.float()
-
-
-# Tables of a layer, made once
-
-_TABLES = WeakIdKeyDictionary()
-
-
-def _remembered(key: Tensor | None, make: Callable[[], Any], other: Tensor | None = None, kind: str = "") -> Any:
-    """What ``make`` makes of a stored tensor (and another one), once: until the tensor is gone or either was written to."""
-    stamp = _version(key), _version(other), kind
-    known = _TABLES.get(key)
-    if known is None or known[0] != stamp:
-        known = _TABLES[key] = (stamp, make())
-    return known[1]
-
-
-def _version(tensor: Tensor | None) -> tuple[int, int]:
-    if tensor is None:
-        return 0, 0
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
-
-
-@dataclass(frozen=True)
-class _Directory:
-    """Where the planes of an expert are.
-
-    Attributes:
-        widths: int32 (experts, planes); a column of zeros where the format has no plane at all.
-        rows, codes, grids: first sign row, first code of a direction, and grid of each expert, int32 (experts,).
-    """
-
-    widths: Tensor
-    rows: Tensor
-    codes: Tensor
-    grids: Tensor
-
-    @property
-    def planes(self) -> int:
-        """At least one."""
-        return self.widths.shape[1]
-
-
-def _directory(planes: Planes) -> _Directory:
-    def make() -> _Directory:
-        assert planes.widths is not None
-        widths = planes.widths.int()
-        widths = widths if planes.planes else torch.zeros_like(widths.new_empty(len(widths), 1))
-        rows, codes = widths.sum(1), widths[:, 0]
-        rows, codes, grids = ((counts.cumsum(0) - counts).int() for counts in (rows, codes, (codes > 0).int()))
-        return _Directory(widths.contiguous(), rows, codes, grids)
-
-    return _remembered(planes.widths, make)
-
-
-def _picked(signs: Signs) -> Tensor | None:
-    """The salient columns of each matrix in order, int32 (experts, salient); None if there are none."""
-    if not signs.salient:
-        return None
-
-    def make() -> Tensor:
-        assert signs.salient_mask is not None
-        mask = unpack(signs.salient_mask, 1, signs.columns)
-        return mask.argsort(dim=1, descending=True, stable=True)[:, : signs.salient].int().contiguous()
-
-    return _remembered(signs.salient_mask, make)
-
-
-@cache
-def _amplitudes(device: torch.device) -> Tensor:
-    """Amplitudes by number of planes and plane, float32 (8, 7)."""
-    rows = [[0.0] * MOST_PLANES, *([*a, *[0.0] * (MOST_PLANES - len(a))] for a in AMPLITUDES.values())]
-    return torch.tensor(rows, device=device)
-
-
-def _words(entries: int) -> int:
-    """Words of 16 signs that hold a row."""
-    return triton.cdiv(entries, 16)
-
-
-def _wide(signs: Tensor) -> tuple[Tensor, bool]:
-    """Sign rows as words if they are whole words, and whether they are."""
-    wide = signs.shape[-1] % 2 == 0 and signs.storage_offset() % 2 == 0 and signs.data_ptr() % 2 == 0
-    return (signs.view(torch.int16) if wide and signs.numel() else signs), wide
-
-
-def _triton_type(dtype: torch.dtype) -> Any:
-    return tl.float32 if dtype == torch.float32 else tl.bfloat16

@@ -7,140 +7,31 @@ what meets signs is stored in *word order*: position ``i · words + q`` holds en
 exists in memory, not even in shared memory: its bits go from registers to the tensor cores.
 
 **Slots** are (token, choice) pairs, ``token · top_k + choice``. A program works for one expert and up to ``M`` of its slots,
-see :func:`_members`.
+see :func:`~moebius.kernels.routed_experts.triton_language.members`.
 
 Arguments in lower case vary from call to call; those in capitals are compiled in.
 """
 
 # Triton's language has no types, and its constants stand on the left of nothing.
 # mypy: ignore-errors
-# ruff: noqa: SIM300
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
+from moebius.kernels.routed_experts.triton_language import (
+    INTERPRETED,
+    block_where,
+    code_at,
+    dot,
+    grid_scale,
+    load_words,
+    members,
+    next_signs,
+    rounded,
+)
 
-@triton.jit
-def _to(x, TYPE: tl.constexpr):
-    """Numbers in another type, rounded to the nearest."""
-    if INTERPRETED and TYPE == tl.bfloat16:  # its own conversion cuts off
-        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        x = bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return x.to(TYPE)
-
-
-@triton.jit
-def _dot(a, b, total):
-    """``total + a @ b`` in float32."""
-    if INTERPRETED:  # its own product of bf16 numbers is one of their bits
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision="ieee")
-
-
-#: Whether Triton runs kernels in its interpreter: ``TRITON_INTERPRET=1`` when it was imported.
-INTERPRETED = tl.constexpr(not isinstance(_to, triton.JITFunction))
-#: Whether signs are made by an instruction of NVIDIA's.
-PAIRS = tl.constexpr(not INTERPRETED.value and torch.version.hip is None)
-
-
-@triton.jit
-def _members(index, order, block_expert, block_begin, block_end, slots, experts, M: tl.constexpr, SCAN: tl.constexpr):
-    """Expert of this program, and up to ``M`` of its slots.
-
-    With few slots (``SCAN``, rounded up to a power of two) there is a program for each: it works for its slot and those that
-    follow with the same expert, unless a program before it already does. That needs no sorting. With many (``SCAN`` is 0),
-    blocks of sorted slots were prepared.
-
-    Returns:
-        The expert, ``experts`` when there is nothing to do; slots (M,); which of them are real (M,).
-    """
-    block = tl.program_id(0)
-    member = tl.arange(0, M)
-    if SCAN:
-        place = tl.arange(0, SCAN)
-        chosen = tl.load(index + place, mask=place < slots, other=-1)
-        expert = tl.load(index + block)
-        same = chosen == expert
-        before = tl.sum((same & (place < block)).to(tl.int32), 0)
-        rank = tl.cumsum(same.to(tl.int32), 0) - 1
-        match = same[None, :] & (rank[None, :] == before + member[:, None])
-        slot = tl.sum(tl.where(match, place[None, :], 0), 1)
-        real = tl.sum(match.to(tl.int32), 1) > 0
-        leads = (expert >= 0) & (expert < experts) & (before % M == 0)
-        expert = tl.where(leads, expert, experts).to(tl.int32)
-    else:
-        expert = tl.load(block_expert + block).to(tl.int32)
-        place = tl.load(block_begin + block) + member
-        real = place < tl.load(block_end + block)
-        slot = tl.load(order + place, mask=real, other=0).to(tl.int32)
-    return expert, slot, real
-
-
-@triton.jit
-def _load_words(signs, rows, q, inside, words, row_bytes, WIDE: tl.constexpr):
-    """Words ``q`` of sign rows, uint16 in the common shape of both. Rows of an odd number of bytes (not ``WIDE``) are read byte
-    by byte."""
-    if WIDE:
-        found = tl.load(signs + rows * words + q, mask=inside, other=0)
-        found = found.to(tl.uint16, bitcast=True)
-    else:
-        at = signs + rows * row_bytes + 2 * q
-        low = tl.load(at, mask=inside, other=0).to(tl.int32)
-        high = tl.load(at + 1, mask=inside & (2 * q + 1 < row_bytes), other=0).to(tl.int32)
-        found = (low | (high << 8)).to(tl.uint16)
-    return found
-
-
-@triton.jit
-def _next_signs(words, TYPE: tl.constexpr):
-    """±1 by the last entry of each word, and the words with the entry before it in its place."""
-    if TYPE == tl.bfloat16 and PAIRS:  # two words to a register: the compiler does not find that by itself
-        signs, words = tl.inline_asm_elementwise(
-            "lop3.b32 $0, $2, 0x80008000, 0xBF80BF80, 0x6A; shl.b32 $1, $2, 1;",
-            "=&r,=r,r",
-            [words],
-            dtype=(tl.bfloat16, tl.uint16),
-            is_pure=True,
-            pack=2,
-        )
-    elif TYPE == tl.bfloat16:
-        signs = ((words.to(tl.int32) & 0x8000) ^ 0xBF80).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-        words = (words.to(tl.int32) << 1).to(tl.uint16)
-    else:
-        signs = tl.where((words.to(tl.int32) & 0x8000) != 0, 1.0, -1.0).to(TYPE)
-        words = (words.to(tl.int32) << 1).to(tl.uint16)
-    return signs, words
-
-
-@triton.jit
-def _code(codes, begin, bits, place, inside):
-    """Code number ``place`` of a stream of codes of ``bits`` bits, 8 at most, that begins at byte ``begin``. int32"""
-    position = place * bits
-    at = codes + begin + (position >> 3)
-    shift = position & 7
-    low = tl.load(at, mask=inside, other=0).to(tl.int32)
-    high = tl.load(at + 1, mask=inside & (shift + bits > 8), other=0).to(tl.int32)
-    return ((low | (high << 8)) >> shift) & ((1 << bits) - 1)
-
-
-@triton.jit
-def _where(condition, block):
-    """A scalar condition with the shape of a block of integers. Triton's interpreter gets that wrong by itself."""
-    return tl.zeros_like(block) + condition.to(tl.int32) > 0
-
-
-@triton.jit
-def _scale(codes, grids, begin, place, matrix, live, inside, BITS: tl.constexpr):
-    """What code number ``place`` stands for on the logarithmic grid of a matrix; zero where it is not ``inside``. A matrix that
-    is not ``live`` has neither codes nor a grid."""
-    first = tl.load(grids + 2 * matrix, mask=live, other=0.0).to(tl.float32)
-    step = tl.load(grids + 2 * matrix + 1, mask=live, other=0.0).to(tl.float32)
-    inside = inside & _where(live, place)
-    code = _code(codes, begin, BITS, place, inside)
-    return tl.where(inside, tl.exp(first + step * code.to(tl.float32)), 0.0)
+__all__ = ["INTERPRETED"]
 
 
 @triton.jit(do_not_specialize=["count"])  # a prompt of 16 tokens needs no kernel of its own
@@ -180,18 +71,18 @@ def shared_kernel(
         else:
             width = tl.load(bits + row, mask=row_inside, other=0)[:, None]
             middle = ((1 << width) - 1).to(tl.float32) * 0.5
-            code = _code(codes, begin, width, entry[None, :], inside)
+            code = code_at(codes, begin, width, entry[None, :], inside)
         # At most 8 bits without trailing zeros: exact in bf16.
-        weight = _to(tl.where(inside, code.to(tl.float32) - middle, 0.0), TYPE)
+        weight = rounded(tl.where(inside, code.to(tl.float32) - middle, 0.0), TYPE)
         if ALONG:
-            total = _dot(_to(x, TYPE), tl.trans(weight), total)
+            total = dot(rounded(x, TYPE), tl.trans(weight), total)
         else:
             x = x.to(tl.float32) * tl.load(scales + k, mask=k < inputs, other=0.0)[None, :]
-            total = _dot(_to(x, TYPE), weight, total)
+            total = dot(rounded(x, TYPE), weight, total)
     if ALONG:
         total *= tl.load(scales + n, mask=n < outputs, other=0.0)[None, :]
     at = (split.to(tl.int64) * count + m)[:, None] * outputs + n[None, :]
-    tl.store(out + at, _to(total, out.dtype.element_ty), mask=(m < count)[:, None] & (n < outputs)[None, :])
+    tl.store(out + at, rounded(total, out.dtype.element_ty), mask=(m < count)[:, None] & (n < outputs)[None, :])
 
 
 @triton.jit(do_not_specialize=["slots"])
@@ -214,7 +105,7 @@ def over_rows_kernel(
         row_begins, live_begins, live_places: where the rows, the direction codes and the grid of each expert are.
         amplitudes: float32 (planes + 1, 7).
     """
-    expert, slot, real = _members(index, order, block_expert, block_begin, block_end, slots, experts, M, SCAN)
+    expert, slot, real = members(index, order, block_expert, block_begin, block_end, slots, experts, M, SCAN)
     if expert >= experts:
         return
     groups = 16 // STEPS
@@ -244,19 +135,19 @@ def over_rows_kernel(
         planes = tl.zeros_like(row)
         for p in tl.static_range(PLANES):
             planes += (direction < tl.load(widths + expert * PLANES + p).to(tl.int32)).to(tl.int32)
-        factor = _scale(codes, grids, 0, first_live + direction, matrix, rows > 0, inside, BITS)
+        factor = grid_scale(codes, grids, 0, first_live + direction, matrix, rows > 0, inside, BITS)
         factor *= tl.load(amplitudes + planes * 7 + plane, mask=inside, other=0.0)
         # Both in one layout, so that what is computed for a row is computed once: loaded the other way around, x costs twice.
         x = tl.load(states + token[:, None] * length + direction[None, :], mask=real[:, None] & inside[None, :], other=0.0)
-        x = tl.trans(_to(x * factor[None, :], TYPE))
+        x = tl.trans(rounded(x * factor[None, :], TYPE))
         there = inside[None, :] & (q < words)[:, None]
-        rest = _load_words(signs, (first_row + row)[None, :], q[:, None], there, words, row_bytes, WIDE)
+        rest = load_words(signs, (first_row + row)[None, :], q[:, None], there, words, row_bytes, WIDE)
         if STEPS < 16:
             rest = rest << first_step.to(tl.uint16)
         sums = ()
         for i in tl.static_range(STEPS):
-            ones, rest = _next_signs(rest, TYPE)
-            sums = sums + (_dot(ones, x, totals[i]),)  # noqa: RUF005
+            ones, rest = next_signs(rest, TYPE)
+            sums = sums + (dot(ones, x, totals[i]),)  # noqa: RUF005
         totals = sums
     at = out + (split * slots + slot).to(tl.int64)[None, :] * (16 * words) + first_step * words + q[:, None]
     for i in tl.static_range(STEPS):
@@ -272,12 +163,12 @@ def _along_rows(
     for q0 in range(0, words, Q):
         q = q0 + tl.arange(0, Q)
         there = row_inside[:, None] & (q < words)[None, :]
-        rest = _load_words(signs, rows[:, None], q[None, :], there, words, row_bytes, WIDE)
+        rest = load_words(signs, rows[:, None], q[None, :], there, words, row_bytes, WIDE)
         inside = (q < words)[:, None] & real[None, :]
         for i in tl.static_range(16):
             x = tl.load(states[None, :] + (i * words + q)[:, None], mask=inside, other=0.0)
-            ones, rest = _next_signs(rest, TYPE)
-            total = _dot(ones, x, total)
+            ones, rest = next_signs(rest, TYPE)
+            total = dot(ones, x, total)
     return total
 
 
@@ -296,7 +187,7 @@ def along_planes_kernel(
         out: float32 (slots, directions).
         The rest: as in :func:`over_rows_kernel`.
     """
-    expert, slot, real = _members(index, order, block_expert, block_begin, block_end, slots, experts, M, SCAN)
+    expert, slot, real = members(index, order, block_expert, block_begin, block_end, slots, experts, M, SCAN)
     if expert >= experts:
         return
     first = tl.program_id(1) * N
@@ -317,7 +208,7 @@ def along_planes_kernel(
         row += width
     place, matrix = tl.load(live_begins + expert) + direction, tl.load(live_places + expert)
     live = tl.load(widths + expert * PLANES) > 0
-    total *= _scale(codes, grids, 0, place, matrix, live, planes > 0, BITS)[:, None]
+    total *= grid_scale(codes, grids, 0, place, matrix, live, planes > 0, BITS)[:, None]
     at = out + slot.to(tl.int64)[None, :] * directions + direction[:, None]
     tl.store(at, total, mask=(direction < directions)[:, None] & real[None, :])
 
@@ -337,7 +228,7 @@ def along_signs_kernel(
             of their own, column scales included.
         out: float32 (slots, rows).
     """
-    expert, slot, real = _members(index, order, block_expert, block_begin, block_end, slots, experts, M, SCAN)
+    expert, slot, real = members(index, order, block_expert, block_begin, block_end, slots, experts, M, SCAN)
     if expert >= experts:
         return
     n = tl.program_id(1) * N + tl.arange(0, N)
@@ -366,7 +257,7 @@ def _state(
             at = (split * slots + slot).to(tl.int64) * (16 * words)
             value += tl.load(states + at + position, mask=inside, other=0.0)
         # An expert without planes has no scales; its states are zero.
-        value *= _scale(codes, grids, matrix * code_bytes, channel, matrix, live, inside, BITS)
+        value *= grid_scale(codes, grids, matrix * code_bytes, channel, matrix, live, inside, BITS)
     else:
         value = tl.load(states + row.to(tl.int64) * channels + channel, mask=inside, other=0.0).to(tl.float32)
     if BIASED:
@@ -422,13 +313,13 @@ def prepare_kernel(
         width, entry = entries, position
     else:
         width, entry = 16 * words, 16 * (position % words) + 15 - position // words
-    exists = _where(real, position)
+    exists = block_where(real, position)
     inside = exists & (position < width) & (entry < entries)
     scale = tl.full((BLOCK,), 1.0, tl.float32)
     if READER == "planes":
         matrix = tl.load(places + expert)
         live = tl.load(widths + expert * PLANES) > 0
-        scale = _scale(scales, grids, matrix * code_bytes, entry, matrix, real & live, inside, BITS)
+        scale = grid_scale(scales, grids, matrix * code_bytes, entry, matrix, real & live, inside, BITS)
     elif READER == "signs":
         scale = tl.load(scales + expert * entries + entry, mask=inside, other=0.0).to(tl.float32)
         if picked is not None:
@@ -456,7 +347,7 @@ def prepare_kernel(
             up_words, up_bytes, inside, SPLITS, UP_BITS, BIASED,
         )  # fmt: skip
     value = tl.where(inside, value * scale, 0.0)
-    tl.store(out + slot.to(tl.int64) * width + position, _to(value, out.dtype.element_ty), mask=position < width)
+    tl.store(out + slot.to(tl.int64) * width + position, rounded(value, out.dtype.element_ty), mask=position < width)
 
 
 @triton.jit
@@ -473,10 +364,10 @@ def weighted_sum_kernel(outputs, out, index, weights, experts, top_k, width, BLO
     for choice in range(top_k):
         slot = token * top_k + choice
         expert = tl.load(index + slot)
-        inside = (column < width) & _where((expert >= 0) & (expert < experts), column)
+        inside = (column < width) & block_where((expert >= 0) & (expert < experts), column)
         part = tl.load(outputs + slot.to(tl.int64) * width + column, mask=inside, other=0.0)
         total += part * tl.load(weights + slot).to(tl.float32)
-    tl.store(out + token.to(tl.int64) * width + column, _to(total, out.dtype.element_ty), mask=column < width)
+    tl.store(out + token.to(tl.int64) * width + column, rounded(total, out.dtype.element_ty), mask=column < width)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -488,4 +379,4 @@ def sum_kernel(parts, out, splits, size, BLOCK: tl.constexpr):
     for _split in range(splits):
         total += tl.load(at, mask=place < size, other=0.0)
         at += size
-    tl.store(out + place, _to(total, out.dtype.element_ty), mask=place < size)
+    tl.store(out + place, rounded(total, out.dtype.element_ty), mask=place < size)
