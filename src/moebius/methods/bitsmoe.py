@@ -1,4 +1,9 @@
-"""BitsMoE (2026): a joint basis in 16 bit, and for each direction of each expert as many bits as its energy deserves."""
+"""BitsMoE (2026): a joint basis in 16 bit, and for each direction of each expert as many bits as its energy deserves.
+
+Deviations: gate and up have one basis; levels lie symmetrically around zero, with scales that fit best; what a width loses is
+measured on every direction, where the paper fits a curve to all; no expert is kept in 16 bit. Where experts are so few or so
+small that the 16-bit basis alone exceeds the budget the recipe is refused: ``shared_bits`` or ``rank`` lower it.
+"""
 
 from __future__ import annotations
 
