@@ -30,7 +30,7 @@ def register() -> None:
 
 def _register() -> None:
     """With what transformers has imported by now."""
-    if _TABLES in sys.modules:
+    if hasattr(sys.modules.get(_TABLES), "register_quantizer"):  # in the middle of its import it has none yet
         import moebius.hf.quantizer  # noqa: F401  registers itself; nothing is taken from it, it may be in the middle of its import
     if any(name in sys.modules for name in _ENTRANCES):
         from moebius.hf.one_line import wrap_entrances
