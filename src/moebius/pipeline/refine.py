@@ -104,7 +104,7 @@ def _train(
     for step in range(steps):
         picked = order.pick()
         training.begin()
-        with torch.autocast(moe.model.device.type, low, enabled=low != torch.float32):
+        with torch.autocast(windows.device.type, low, enabled=low != torch.float32):
             losses.append(_backward(moe, runner, windows[picked], wanted[picked]))
         if not math.isfinite(losses[-1]):
             raise CalibrationError(f"refine: got a divergence of {losses[-1]} at step {step + 1}, wanted a finite number")
