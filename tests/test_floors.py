@@ -18,7 +18,7 @@ FLOORS = {
     4: {"pipeline", "hf", "report"},
     5: {"evaluate", "generation"},
     6: {"compare", "bench"},
-    7: {"api"},
+    7: {"api", "reproduce"},
     8: {"cli"},
 }
 FLOOR_OF = {package: floor for floor, packages in FLOORS.items() for package in packages}

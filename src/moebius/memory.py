@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import sys
 from pathlib import Path
 
@@ -28,6 +29,13 @@ def keep_freed_memory(most: int = 1 << 26) -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_MMAP_THRESHOLD, most)
         mallopt(_TRIM_THRESHOLD, most)
+
+
+def return_freed_memory() -> None:
+    """Give what nobody uses any more back to the system, :func:`keep_freed_memory` or not, so that a peak is not another's."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 _SPARE_BYTES = 1 << 27  # threads, libraries that are still to be loaded, what a pass works with

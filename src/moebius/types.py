@@ -45,6 +45,9 @@ class CalibrationNeeds:
     Attributes:
         inputs: what enters each projection: ``n``, mean and ``C`` of :class:`ProjectionStats`. The other needs include it.
         loss_weighted: tokens count in ``C`` by how much the loss depends on their outputs, instead of once each.
+        affinity: tokens count in ``C`` by the routing weight of the expert (MoEQuant Eq. 18), instead of once each.
+        self_sampled: windows of tokens that the model writes itself, so that experts are used evenly (MoEQuant Eq. 13), in
+            place of the calibration text.
         glas_groups: groups of output channels with a GLAS Hessian ``S_g`` of their own; 0: no such Hessians.
         output_fisher: ``G`` at ``down``, and ``γ``.
         router_moment: ``Σ x xᵀ`` over what met the router, where the model has a router that can be found.
@@ -52,6 +55,8 @@ class CalibrationNeeds:
 
     inputs: bool = False
     loss_weighted: bool = False
+    affinity: bool = False
+    self_sampled: bool = False
     glas_groups: int = 0
     output_fisher: bool = False
     router_moment: bool = False
@@ -70,6 +75,8 @@ class CalibrationNeeds:
         return CalibrationNeeds(
             inputs=self.inputs or other.inputs,
             loss_weighted=self.loss_weighted or other.loss_weighted,
+            affinity=self.affinity or other.affinity,
+            self_sampled=self.self_sampled or other.self_sampled,
             glas_groups=max(self.glas_groups, other.glas_groups),
             output_fisher=self.output_fisher or other.output_fisher,
             router_moment=self.router_moment or other.router_moment,
@@ -87,7 +94,8 @@ class ProjectionStats:
         tokens: routed tokens ``n``. (experts,) int64
         mean: mean of ``x``, zero for an expert without tokens. (experts, in)
         second_moment: ``C = Σ x xᵀ``, the GPTQ Hessian up to a factor 2; where calibration was asked to weigh tokens by the
-            loss, ``Σ c x xᵀ`` with ``c`` how much the loss feels the token's output. (experts, in, in)
+            loss, ``Σ c x xᵀ`` with ``c`` how much the loss feels the token's output, or by affinity, with ``c`` the routing
+            weight. (experts, in, in)
         weighted_moment: ``S_g = Σ s_g x xᵀ`` with ``s_g`` the mean of ``δ_j²`` over the channels ``j`` of group ``g``: the
             GLAS Hessian (MoBiE Eq. 10). (experts, groups, in, in). Channel ``j`` is in group ``j · groups // channels``.
             ``δ`` is ``Aᵀδ`` where calibration was given a shared left factor ``A`` for this projection. None if no gradient

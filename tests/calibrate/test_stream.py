@@ -397,3 +397,19 @@ def test_a_loss_that_is_not_finite() -> None:
         model.get_submodule("lm_head").get_parameter("weight")[3, 3] = torch.nan
     with pytest.raises(CalibrationError, match="the loss of a window is nan, wanted a finite number"):
         collect(model)
+
+
+@pytest.mark.parametrize("name", ["olmoe", "gpt_oss"])
+def test_tokens_weigh_by_their_affinity_to_the_expert(name: str) -> None:
+    """MoEQuant Eq. 18: ``Σ c x xᵀ`` with the routing weight ``c``; the mean and the count stay those of the tokens."""
+    model, windows, routing = tiny_model(name), token_windows(), {}
+    seen, _ = by_hand(model, windows, routing)
+    plain = collect(model, CalibrationNeeds(inputs=True), batch_size=2)
+    for layer_name, stats in collect(model, CalibrationNeeds(inputs=True, affinity=True), batch_size=2).items():
+        for projection in PROJECTIONS:
+            got, other = stats.projection(projection), plain[layer_name].projection(projection)
+            wanted = torch.zeros_like(got.second_moment)
+            for (expert, x, _), weight in zip(seen[layer_name][projection], routing[layer_name], strict=True):
+                wanted[expert] += weight * x.outer(x)
+            assert_same(got.second_moment, wanted)
+            assert torch.equal(got.tokens, other.tokens) and torch.equal(got.mean, other.mean)

@@ -282,12 +282,13 @@ def test_short_names_ask_for_the_right_thing(monkeypatch: pytest.MonkeyPatch) ->
         return datasets.DatasetDict({"train": datasets.Dataset.from_dict({column: ["word " * 100] * 20})})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    for name in ("wikitext2", "c4", "ptb", "someone/something"):
+    for name in ("wikitext2", "c4", "ptb", "redpajama", "someone/something"):
         assert windows_of(name).shape == (4, 32)
     assert [path for path, _ in asked] == [
         "Salesforce/wikitext",
         "allenai/c4",
         "ptb-text-only/ptb_text_only",
+        "togethercomputer/RedPajama-Data-1T-Sample",
         "someone/something",
     ]
     assert asked[0][1] == {"name": "wikitext-2-raw-v1"}
@@ -313,7 +314,7 @@ def test_columns_that_leave_it_open(tmp_path: Path) -> None:
         ("missing.txt", CalibrationError, "No such file"),
         ("missing.jsonl", CalibrationError, "No such file"),
         ("image.png", CalibrationError, r"got a \.png file, wanted \.txt or \.jsonl"),
-        ("wikitext", UnknownNameError, "no calibration text named .*; known: builtin, wikitext2, c4, ptb, a .txt"),
+        ("wikitext", UnknownNameError, "no calibration text named .*; known: builtin, wikitext2, c4, ptb, redpajama, a .txt"),
     ],
 )
 def test_unknown_texts(

@@ -46,7 +46,11 @@ def integers(s, t):
     middle = levels(0, s["bits"]) * -1
     if s["zero_points"]:
         middle = stream(t["zeros"], s["bits"], s["rows"] * groups).reshape(s["batch"], s["rows"], groups)[..., group]
-    return t["scales"].astype(np.float32)[..., group] * (q - middle)
+    return column_scaled(s, t, t["scales"].astype(np.float32)[..., group] * (q - middle))
+
+
+def column_scaled(s, t, matrices):
+    return matrices * t["column_scales"].astype(np.float32)[:, None] if s.get("column_scaled") else matrices
 
 
 def salient(s, t, count):
@@ -86,12 +90,14 @@ def grouped_signs(s, t):
 
 
 def codebook(s, t):
-    vectors = -(-s["columns"] // s["length"])
-    codes, books = stream(t["codes"], s["code_bits"], vectors), t["codebooks"].astype(np.float32)
-    out = np.stack([books[m][codes[m]].reshape(s["rows"], -1)[:, : s["columns"]] for m in range(s["batch"])])
+    lines, along = (s["columns"], s["rows"]) if s.get("transposed") else (s["rows"], s["columns"])
+    codes, books = stream(t["codes"], s["code_bits"], -(-along // s["length"])), t["codebooks"].astype(np.float32)
+    out = np.stack([books[m][codes[m]].reshape(lines, -1)[:, :along] for m in range(s["batch"])])
+    out = out.swapaxes(1, 2) if s.get("transposed") else out
     if s["rank"]:
         out = out + t["loadings"].astype(np.float32) @ t["directions"].astype(np.float32)
-    return out * t["row_scales"].astype(np.float32)[..., None] if s["row_scaled"] else out
+    out = out * t["row_scales"].astype(np.float32)[..., None] if s["row_scaled"] else out
+    return column_scaled(s, t, out)
 
 
 def graded(s, t):

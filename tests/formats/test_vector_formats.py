@@ -10,6 +10,7 @@ from moebius.formats.base import Packed, empty_like_spec, from_tensors
 from moebius.formats.bits import pack, unpack
 from moebius.formats.codebook import Codebook
 from moebius.formats.grouped_signs import GroupedSigns
+from moebius.formats.integers import Integers
 from moebius.formats.spectral import Spectral
 
 G = torch.Generator().manual_seed(0)
@@ -36,6 +37,46 @@ def test_codebooks_mean_scale_times_shared_part_plus_entries(bits: int) -> None:
     wanted = scales.unsqueeze(2) * (loadings @ directions + entries)
     assert torch.allclose(packed.unpack(), wanted, atol=1e-5)
     assert packed.stored_bits() == 8 * 3 * 5 * -(-4 * bits // 8) + 16 * (3 * 2**bits * 4 + 3 * 5 * 2 + 2 * 14 + 3 * 5)
+
+
+@pytest.mark.parametrize("rows", [8, 10])
+def test_codebooks_along_the_columns_and_with_scales_of_columns(rows: int) -> None:
+    """With 10 rows the last vector of a column reaches beyond its end."""
+    books, codes, scales = half(2, 16, 4), torch.randint(0, 16, (2, 5, -(-rows // 4)), generator=G), half(2, 5)
+    packed = Codebook.pack(codes, books, rows, transposed=True)
+    wanted = torch.stack([books[e][codes[e]].reshape(5, -1)[:, :rows].T for e in range(2)])
+    assert torch.equal(packed.unpack(), wanted)
+    assert torch.equal(packed.unpack(torch.tensor([1])), wanted[1:])
+    assert packed.stored_bits() == 8 * 2 * 5 * -(-codes.shape[2] * 4 // 8) + 16 * 2 * 16 * 4
+    scaled = packed.with_column_scales(scales)
+    assert torch.allclose(scaled.unpack(), wanted * scales.unsqueeze(1))
+    assert scaled.stored_bits() == packed.stored_bits() + 16 * 2 * 5
+    for each in (packed, scaled):
+        again = from_tensors(each.spec(), each.tensors())
+        again.check("matrix")
+        assert torch.equal(again.unpack(), each.unpack())
+
+
+def test_integers_with_scales_of_columns() -> None:
+    codes, scales, columns = torch.randint(0, 8, (2, 3, 10), generator=G), half(2, 3, 2), half(2, 10)
+    plain = Integers.pack(codes, scales, torch.randint(0, 8, (2, 3, 2), generator=G), bits=3, group_size=6)
+    scaled = plain.with_column_scales(columns)
+    assert torch.allclose(scaled.unpack(), plain.unpack() * columns.unsqueeze(1))
+    assert torch.equal(scaled.unpack(torch.tensor([1])), scaled.unpack()[1:])
+    assert scaled.stored_bits() == plain.stored_bits() + 16 * 2 * 10
+    again = from_tensors(scaled.spec(), scaled.tensors())
+    again.check("matrix")
+    assert torch.equal(again.unpack(), scaled.unpack())
+
+
+def test_descriptions_of_earlier_checkpoints_stay_as_they_were() -> None:
+    """What a format has learned since is not in the description of matrices that do not use it."""
+    plain = Codebook.pack(torch.zeros(1, 2, 2, dtype=torch.int64), half(1, 16, 4), 8)
+    fields = {"format", "batch", "rows", "columns", "code_bits", "length", "rank", "row_scaled"}
+    assert plain.spec().keys() == fields
+    assert plain.with_column_scales(half(1, 8)).spec().keys() == fields | {"column_scaled"}
+    integers = Integers.pack(torch.zeros(1, 2, 2, dtype=torch.int64), half(1, 2, 1), None, bits=2, group_size=2)
+    assert integers.spec().keys() == {"format", "batch", "rows", "columns", "bits", "group_size", "zero_points"}
 
 
 @pytest.mark.parametrize("column_scaled", [True, False])
@@ -93,7 +134,11 @@ def packed_examples() -> list[Packed]:
     spectral = Spectral(3, 4, 6, True, 4, 100, True).fill(
         torch.tensor([[1, 0, 2, 3, 8, 1]] * 3), torch.randint(0, 2, (3, 6, 4), generator=G), half(3, 6, 1), half(3, 4)
     )
-    return [Codebook.pack(codes, half(3, 16, 4), 11), grouped, spectral]
+    plain = Codebook.pack(codes, half(3, 16, 4), 11)
+    upright = Codebook.pack(codes, half(3, 16, 4), 11, transposed=True)
+    scaled = upright.with_column_scales(half(3, 5)).with_row_scales(half(3, 11)).with_shared(half(3, 11, 2), half(2, 5))
+    integers = Integers.pack(codes, half(3, 5, 1), None, bits=4, group_size=3).with_column_scales(half(3, 3))
+    return [plain, upright, scaled, integers, grouped, spectral]
 
 
 @pytest.mark.parametrize("packed", packed_examples(), ids=lambda p: p.name)

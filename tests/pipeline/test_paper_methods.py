@@ -22,7 +22,9 @@ IDS = torch.arange(2, 42).view(2, 20)
 @pytest.mark.parametrize(
     ("architecture", "method", "bits"),
     [
-        *itertools.product(["olmoe", "gpt_oss"], ["gptvq", "kbvq", "billm", "arb"], [1]),
+        *itertools.product(["olmoe", "gpt_oss"], ["gptvq", "kbvq", "vptq", "nowag", "billm", "arb"], [1]),
+        *itertools.product(["olmoe", "gpt_oss", "nemotron_h"], ["awq", "mxmoe"], [3]),
+        *itertools.product(["olmoe", "gpt_oss"], ["moequant"], [3]),
         *itertools.product(["olmoe", "gpt_oss"], ["bitsmoe"], [8]),
         *itertools.product(["olmoe", "gpt_oss", "nemotron_h"], ["moebius"], [3]),
     ],

@@ -45,5 +45,5 @@ def test_another_figure_for_other_rows(tmp_path: Path) -> None:
 def test_colours_are_told_apart_by_the_colour_blind() -> None:
     # Okabe and Ito 2008; sixteen recipes still differ by colour or marker.
     assert set(figures._COLORS) <= {"#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000"}
-    looks = {(figures._look(i)["color"], figures._look(i)["marker"]) for i in range(16)}
+    looks = {(figures.look(i)["color"], figures.look(i)["marker"]) for i in range(16)}
     assert len(looks) == 16

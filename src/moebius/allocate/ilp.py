@@ -19,7 +19,8 @@ def allocate_exactly(costs: Tensor, sizes: Tensor, budget: int) -> Tensor:
 
     Args:
         costs: (units, choices).
-        sizes: of each choice, ascending; the first is what a unit takes at least. (choices,) integers
+        sizes: of each choice, ascending; the first is what a unit takes at least. Integers, (choices,) where they are the same
+            for every unit, else (units, choices).
         budget: what all units may take.
 
     Returns:
@@ -36,7 +37,7 @@ def allocate_exactly(costs: Tensor, sizes: Tensor, budget: int) -> Tensor:
     units, choices = costs.shape
     variables = np.arange(units * choices)
     one_each = sparse.csr_array((np.ones(len(variables)), (variables // choices, variables)))
-    taken = sparse.csr_array(np.tile(sizes.cpu().numpy().astype(float), units)[None])
+    taken = sparse.csr_array(sizes.expand(units, choices).cpu().numpy().astype(float).reshape(1, -1))
     scale = float(costs.abs().max()) or 1.0
     found = milp(
         (costs.double().cpu().numpy() / scale).ravel(),
@@ -56,7 +57,7 @@ def allocate(costs: Tensor, sizes: Tensor, budget: int) -> Tensor:
     What the price leaves of the budget goes to the units that would change next, the best bargain first. The result misses
     the optimum by less than one unit's change: with thousands of units, a tiny share of the objective.
 
-    Args and raises: as :func:`allocate_exactly`.
+    Args and raises: as :func:`allocate_exactly`; sizes are the same for every unit.
     """
     _check(costs, sizes, budget)
     costs, sizes = costs.double(), sizes.to(costs.device)
@@ -108,6 +109,6 @@ def _spend(costs: Tensor, sizes: Tensor, frugal: Tensor, generous: Tensor, budge
 
 
 def _check(costs: Tensor, sizes: Tensor, budget: int) -> None:
-    least = int(sizes[0]) * len(costs)
+    least = int(sizes.expand(costs.shape)[:, 0].sum())
     if budget < least:
         raise RecipeError(f"bit allocation: got a budget of {budget} bytes, wanted at least {least}; ask for more bits")

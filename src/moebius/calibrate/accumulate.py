@@ -46,6 +46,7 @@ class ProjectionSums:
         self._sum = torch.zeros(experts, inputs, device=device)
         self._by_loss = LossWeightedMoments(experts, inputs, device) if needs.loss_weighted else None
         self._moment = torch.zeros(0 if needs.loss_weighted else experts, inputs, inputs, device=device)
+        self._by_affinity = needs.affinity
         self._left = left
         self._average: Tensor | None = None
         self._weighted: Tensor | None = None
@@ -71,7 +72,8 @@ class ProjectionSums:
             assignment: which expert each row belongs to.
             inputs: ``x``, (rows, in).
             gradient: ``δ``, (rows, out); None without gradients.
-            routing: weight of each row's expert in the output of the layer, (rows,); read where tokens are weighed by the loss.
+            routing: weight of each row's expert in the output of the layer, (rows,); read where tokens are weighed by it or by
+                the loss.
         """
         squares = weights = None
         if gradient is not None and self._fisher is not None:
@@ -88,7 +90,10 @@ class ProjectionSums:
             x = batch.gather(inputs)  # (batch, longest, in)
             self._sum.index_add_(0, batch.experts, x.sum(1))
             if self._by_loss is None:
-                self._moment.index_add_(0, batch.experts, x.mT @ x)
+                counted = x
+                if self._by_affinity and routing is not None:
+                    counted = x * batch.gather(routing.clamp_min(0).unsqueeze(1))
+                self._moment.index_add_(0, batch.experts, counted.mT @ x)
             if squares is not None and self._fisher is not None:
                 self._fisher.index_add_(0, batch.experts, batch.gather(squares).sum(1))
             if weights is not None and self._weighted is not None:

@@ -63,6 +63,12 @@ HUB_TEXTS = {
         "sentence",
         separator="\n",
     ),
+    # As with ptb, the script's rows as parquet: the sample of a billion tokens that its owners publish beside the whole.
+    "redpajama": HubText(
+        "togethercomputer/RedPajama-Data-1T-Sample",
+        {"revision": "refs/convert/parquet", "data_files": {"train": "*/train/*.parquet"}},
+        "text",
+    ),
 }
 
 

@@ -26,6 +26,8 @@ from moebius.cli.plan import EXAMPLES as PLAN_EXAMPLES
 from moebius.cli.plan import plan
 from moebius.cli.quantize import EXAMPLES as QUANTIZE_EXAMPLES
 from moebius.cli.quantize import quantize
+from moebius.cli.reproduce import EXAMPLES as REPRODUCE_EXAMPLES
+from moebius.cli.reproduce import reproduce
 
 _ABOUT = (
     "Mixture-of-Experts language models at one bit: quantize, pack, load and run them.\n\n"
@@ -76,8 +78,9 @@ for command, examples in (
     (info, INFO_EXAMPLES),
     (plan, PLAN_EXAMPLES),
     (compare, COMPARE_EXAMPLES),
+    (reproduce, REPRODUCE_EXAMPLES),
     (bench, BENCH_EXAMPLES),
     (methods, METHODS_EXAMPLES),
 ):
-    resumes = command in (quantize, compare)
+    resumes = command in (quantize, compare, reproduce)
     app.command(help=_paragraphs(command), epilog=examples)(errors.reported(command, resumes))

@@ -42,7 +42,7 @@ Calibration = Annotated[
         "--calibration",
         "-c",
         metavar="TEXT",
-        help="builtin (default), a .txt or .jsonl file, wikitext2, c4, ptb, owner/name.",
+        help="builtin (default), a .txt or .jsonl file, wikitext2, c4, ptb, redpajama, owner/name.",
         show_default=False,
     ),
 ]

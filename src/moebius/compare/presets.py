@@ -29,7 +29,11 @@ PRESETS = {
         (text, text)
         for text in (
             *(f"{method}{parts}" for method in ("billm", "arb") for parts in ("", " glas=true", " glas=true nges=true")),
-            *(f"gptvq@2{parts}" for parts in ("", " idre=true", " bcos=mean_variance", " idre=true bcos=mean_variance")),
+            *(
+                f"{method}@2{parts}"
+                for method in ("gptvq", "vptq")
+                for parts in ("", " idre=true", " bcos=mean_variance", " idre=true bcos=mean_variance")
+            ),
         )
     ],
     # Table 5 of MoBiE, and the pull of its null-space scales.
@@ -51,10 +55,11 @@ PRESETS = {
         (text, text)
         for text in (
             *(f"{method}@1{gain}" for method in ("rtn", "gptq") for gain in ("", " gain=true")),
-            *("mobie", "mobie gain=true", "rtn@2 gain=true", "gptq@2", "gptq@2 gain=true"),
-            *("gptvq@2 error_feedback=false", "gptvq@2", "kbvq@2", "bitsmoe@2"),
+            *("mobie", "mobie gain=true", "rtn@2 gain=true", "gptq@2", "gptq@2 act_order=true", "gptq@2 gain=true"),
+            *("awq@2", "moequant@2", "mxmoe@2.25"),
+            *("gptvq@2 error_feedback=false", "gptvq@2", "vptq@2", "nowag@2", "kbvq@2", "bitsmoe@2"),
             *(f"{method}{parts}" for method in ("arb", "billm") for parts in ("", " gain=true glas=true nges=true")),
-            *("gptq@3", "bitsmoe@3"),
+            *("gptq@3", "awq@3", "bitsmoe@3"),
         )
     ],
 }

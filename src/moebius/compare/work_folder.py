@@ -35,9 +35,13 @@ class WorkFolder:
 
     def row(self, label: str, make: Callable[[], ComparisonRow]) -> ComparisonRow:
         """The row that an earlier run finished, or what ``make`` returns."""
+        return ComparisonRow.from_dict(self.figures(label, lambda: make().to_dict()))
+
+    def figures(self, label: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What an earlier run finished under this label, or what ``make`` returns, ready for JSON."""
         if label not in self._state["rows"]:
-            self._remember("rows", label, make().to_dict())
-        return ComparisonRow.from_dict(self._state["rows"][label])
+            self._remember("rows", label, make())
+        return self._state["rows"][label]
 
     def cost(self, label: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """``seconds`` that ``work`` took and the ``peak_memory_bytes`` it reports, now or in the earlier run that did it."""

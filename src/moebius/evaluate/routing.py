@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from moebius.calibrate.layerwise import removed
 from moebius.errors import UnsupportedModelError
-from moebius.models.load import describe
+from moebius.models.layout import layout_of
+from moebius.runtime.packed_experts import PackedExpertsMixin
 
 
 def routing_similarity(logits: Tensor, reference_logits: Tensor) -> Tensor:
@@ -57,6 +58,11 @@ def recorded_router_logits(model: nn.Module, routers: Mapping[str, int]) -> Iter
         yield logits
 
 
+def experts_names(model: nn.Module) -> list[str]:
+    """Module paths of the fused experts of a model, packed or not, in forward order."""
+    return [n for n, module in model.named_modules() if isinstance(module, PackedExpertsMixin) or layout_of(module) is not None]
+
+
 @contextmanager
 def routed_by(model: nn.Module, source: PreTrainedModel) -> Iterator[Callable[[Tensor], None]]:
     """Within the context, tokens of ``model`` go where the routers of ``source`` send them, with its routing weights.
@@ -70,7 +76,7 @@ def routed_by(model: nn.Module, source: PreTrainedModel) -> Iterator[Callable[[T
     Raises:
         UnsupportedModelError: a model whose experts are not handed an index and weights of their tokens, or two that differ.
     """
-    names = [layer.name for layer in describe(source).moe_layers]
+    names = experts_names(source)
     decisions: dict[str, tuple[Tensor, Tensor]] = {}
     with ExitStack() as stack:
         for name in names:
@@ -88,6 +94,24 @@ def routed_by(model: nn.Module, source: PreTrainedModel) -> Iterator[Callable[[T
             source(input_ids=ids.to(next(source.parameters()).device), use_cache=False)
 
         yield decide
+
+
+@contextmanager
+def recorded_decisions(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Within the context, every forward pass leaves what its routers decided in the yielded dictionary.
+
+    Args:
+        model: any model with these experts.
+        names: module paths of experts.
+
+    Yields:
+        Path of the experts to the index (tokens, top_k) and the weights (tokens, top_k) they were handed last.
+    """
+    decisions: dict[str, tuple[Tensor, Tensor]] = {}
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(removed(model.get_submodule(name).register_forward_pre_hook(_remembers(decisions, name))))
+        yield decisions
 
 
 def _remembers(decisions: dict[str, tuple[Tensor, Tensor]], name: str) -> Any:

@@ -44,6 +44,8 @@ class Packed(ABC):
     """
 
     name: ClassVar[str]
+    #: Fields that came after checkpoints had been written: at their default they are not part of the description.
+    later: ClassVar[frozenset[str]] = frozenset()
 
     batch: int
     rows: int
@@ -95,7 +97,11 @@ class Packed(ABC):
 
     def spec(self) -> dict[str, Any]:
         """The plain fields and the format's name, ready for JSON."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.name not in self.later or getattr(self, f.name) != f.default
+        }
         return {"format": self.name, **{k: v for k, v in values.items() if isinstance(v, (bool, int, float, str))}}
 
     def stored_bits(self) -> int:

@@ -170,7 +170,7 @@ def kernel_of(packed: Packed) -> Kernel:
         assert packed.codes is not None and packed.scale_codes is not None and packed.scale_grid is not None
         scales = decode(packed.scale_codes, packed.scale_grid)
         return _Codes(packed, packed.codes, scales, packed.runs(), packed.side)
-    if isinstance(packed, Integers) and packed.groups == 1 and not packed.zero_points:
+    if isinstance(packed, Integers) and packed.groups == 1 and not packed.zero_points and not packed.column_scaled:
         assert packed.codes is not None and packed.scales is not None
         return _Codes(packed, packed.codes, packed.scales, [(packed.bits, packed.rows)], "input")
     return Unpacked(packed)

@@ -1,4 +1,9 @@
-"""BitsMoE (2026): a joint basis in 16 bit, and for each direction of each expert as many bits as its energy deserves."""
+"""BitsMoE (2026): a joint basis in 16 bit, and for each direction of each expert as many bits as its energy deserves.
+
+Deviations: gate and up have one basis; levels lie symmetrically around zero, with scales that fit best; what a width loses is
+measured on every direction, where the paper fits a curve to all; no expert is kept in 16 bit. Where experts are so few or so
+small that the 16-bit basis alone exceeds the budget the recipe is refused: ``shared_bits`` or ``rank`` lower it.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +31,8 @@ from moebius.types import CalibrationNeeds, ProjectionStats
 
 _SIDE = {"gate_up": "input", "down": "output"}  # where a projection meets the hidden state, which the experts share
 _PART = {"input": "right", "output": "left"}
-_WIDTHS = range(MAX_BITS + 1)
+#: Bits that a direction may have.
+WIDTHS = range(MAX_BITS + 1)
 _SOLVERS = {"lagrangian": allocate, "ilp": allocate_exactly}
 
 
@@ -36,21 +42,15 @@ def quantize(weight: Tensor, stats: ProjectionStats | None, recipe: Recipe, proj
     weight, side = weight.float(), _SIDE[projection]
     empty = _skeleton((weight.shape[0], weight.shape[1], weight.shape[2]), recipe, projection)
 
-    # A basis shared by all experts, kept in high precision; each expert's factor falls into directions.
-    basis = joint_basis(weight, side=side, rank=recipe.rank, bits=recipe.shared_bits)
-    factors = basis.factors(weight)
-    directions = factors.mT if side == "input" else factors  # (experts, directions, length)
-
-    # What a direction of so many bits costs: its energy in the outputs times the distortion of that width.
-    lost = distortions(directions, _WIDTHS, empty.group_size)
-    costs = _energies(factors, basis, stats, recipe).unsqueeze(2) * lost.double()
-    sizes = torch.tensor([empty.record_bytes(bits) for bits in _WIDTHS])
-    widths = _SOLVERS[recipe.allocation](costs.flatten(0, 1), sizes, empty.payload_bytes).view(lost.shape[:2])
+    basis, factors, directions = spectral_factors(weight, recipe, projection)
+    costs = loss_coefficients(basis, factors, directions, stats, recipe, empty.group_size)
+    sizes = torch.tensor([empty.record_bytes(bits) for bits in WIDTHS])
+    widths = _SOLVERS[recipe.allocation](costs.flatten(0, 1), sizes, empty.payload_bytes).view(costs.shape[:2])
 
     codes = torch.zeros_like(directions, dtype=torch.uint8)
     values = torch.zeros_like(directions)
     scales = directions.new_zeros(*widths.shape, empty.groups)
-    for bits in _WIDTHS[1:]:
+    for bits in WIDTHS[1:]:
         rounded = round_directions(directions[widths == bits], bits, empty.group_size)
         codes[widths == bits], scales[widths == bits], values[widths == bits] = rounded.codes, rounded.scales, rounded.values
     row_scales = None
@@ -60,6 +60,30 @@ def quantize(weight: Tensor, stats: ProjectionStats | None, recipe: Recipe, proj
     if side == "output":
         scales = scales * basis.spread.unsqueeze(1)
     return PackedProjection(empty.fill(widths, codes, scales, row_scales), **{_PART[side]: basis.packed})
+
+
+def spectral_factors(weight: Tensor, recipe: Recipe, projection: str) -> tuple[JointBasis, Tensor, Tensor]:
+    """A basis shared by all experts, kept in high precision; each expert's factor falls into directions.
+
+    Args:
+        weight: (experts, out, in) float32.
+
+    Returns:
+        The basis, the factors that fit it, and their directions (experts, directions, length).
+    """
+    basis = joint_basis(weight, side=_SIDE[projection], rank=recipe.rank, bits=recipe.shared_bits)
+    factors = basis.factors(weight)
+    return basis, factors, factors.mT if basis.side == "input" else factors
+
+
+def loss_coefficients(
+    basis: JointBasis, factors: Tensor, directions: Tensor, stats: ProjectionStats, recipe: Recipe, group_size: int
+) -> Tensor:
+    """What a direction costs at each of :data:`WIDTHS`: its energy in the outputs times the distortion of that width, the
+    coefficients of the integer program. float64 (experts, directions, widths)
+    """
+    lost = distortions(directions, WIDTHS, group_size)
+    return _energies(factors, basis, stats, recipe).unsqueeze(2) * lost.double()
 
 
 def plan(shape: tuple[int, int, int], recipe: Recipe, projection: str) -> PackedProjection:

@@ -11,8 +11,8 @@ from moebius.linalg.hessian import conditioned, feedback_factor, layer_mean
 from moebius.methods.base import Method, in_chunks
 from moebius.methods.options import BLOCK_SIZE, CONDITIONING, INTEGER_GROUP_SIZE
 from moebius.methods.rtn import plan
-from moebius.options import MethodOptions
-from moebius.quantize.integers import round_with_feedback, whole_rows
+from moebius.options import MethodOptions, Option
+from moebius.quantize.integers import IntegerCodes, round_in_order, round_with_feedback, whole_rows
 from moebius.recipe import Recipe
 from moebius.types import CalibrationNeeds, ProjectionStats
 
@@ -26,8 +26,7 @@ def quantize(weight: Tensor, stats: ProjectionStats | None, recipe: Recipe, proj
     def round_some(chunk: slice) -> Packed:
         some = weight[chunk].float()
         hessians = conditioned(stats.second_moment[chunk], shrinkage=recipe.shrinkage, damping=recipe.damping, layer=layer)
-        group_size = whole_rows(recipe.group_size, inputs)
-        codes = round_with_feedback(some, feedback_factor(hessians), int(recipe.bits), group_size, recipe.block_size)
+        codes = _rounded(some, hessians, recipe)
         if recipe.gain:
             codes = codes.scaled(row_gain(some, codes.matrix(), hessians))
         return codes.pack()
@@ -35,10 +34,21 @@ def quantize(weight: Tensor, stats: ProjectionStats | None, recipe: Recipe, proj
     return PackedProjection(in_chunks(experts, inputs, round_some))
 
 
+def _rounded(weight: Tensor, hessians: Tensor, recipe: Recipe) -> IntegerCodes:
+    """Column after column, from the first to the last or, in activation order, from the largest input to the smallest."""
+    shape = int(recipe.bits), whole_rows(recipe.group_size, weight.shape[2]), recipe.block_size
+    if not recipe.act_order:
+        return round_with_feedback(weight, feedback_factor(hessians), *shape)
+    order = hessians.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+    square = order.unsqueeze(1).expand_as(hessians)
+    return round_in_order(weight, feedback_factor(hessians.gather(2, square).gather(1, square.mT)), order, *shape)
+
+
 def needs(recipe: Recipe) -> CalibrationNeeds:
     """The Hessian of the layer's own error."""
     return CalibrationNeeds(inputs=True)
 
 
-OPTIONS = MethodOptions((INTEGER_GROUP_SIZE, BLOCK_SIZE, *CONDITIONING), default_bits=2, low=1, high=8)
+ACT_ORDER = Option("act_order", False, "round the columns of the largest inputs first; groups and bits stay what they are")
+OPTIONS = MethodOptions((INTEGER_GROUP_SIZE, ACT_ORDER, BLOCK_SIZE, *CONDITIONING), default_bits=2, low=1, high=8)
 METHOD = Method("rounding with error feedback", OPTIONS, quantize, plan, needs)

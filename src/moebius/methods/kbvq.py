@@ -1,11 +1,16 @@
 """KBVQ-MoE (Algorithm 1): shared directions in 16 bit, vector quantization of the rest, corrected outputs. Each is a switch.
 
 With IDRE and BCOS off it is ``gptvq``, and without error feedback plain k-means.
+
+Deviations: codes are chosen with GPTVQ's error feedback, where the paper takes the nearest entry (``error_feedback=false``);
+inputs count by their second moments, not around their mean, and those of an expert lean on the layer's; gate and up of an
+expert share a codebook and their directions.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -26,11 +31,25 @@ from moebius.recipe import Recipe
 from moebius.types import CalibrationNeeds, ProjectionStats
 
 VECTOR_LENGTH = 4
-_ITERATIONS = 100
+ITERATIONS = 100
+
+
+#: Codes some matrices (experts, rows, columns), with their Hessians (experts, columns, columns) where there is error feedback.
+Coder = Callable[[Tensor, Tensor | None, Recipe], Codebook]
 
 
 def quantize(weight: Tensor, stats: ProjectionStats | None, recipe: Recipe, projection: str) -> PackedProjection:
     """Quantize the experts of one projection."""
+    return quantize_special(weight, stats, recipe, _along_rows)
+
+
+def _along_rows(weight: Tensor, hessians: Tensor | None, recipe: Recipe) -> Codebook:
+    factor = None if hessians is None else feedback_factor(hessians)
+    return quantize_vectors(weight, factor, bits=recipe.bits, length=VECTOR_LENGTH, iterations=ITERATIONS)
+
+
+def quantize_special(weight: Tensor, stats: ProjectionStats | None, recipe: Recipe, coder: Coder) -> PackedProjection:
+    """Algorithm 1 around any vector quantizer of what is special to each expert (Table 5)."""
     weight = weight.float()
     layer = None if stats is None else layer_mean(stats.second_moment)
 
@@ -40,8 +59,8 @@ def quantize(weight: Tensor, stats: ProjectionStats | None, recipe: Recipe, proj
 
     # VQ of the rest: a codebook for each expert by k-means, a code for every four columns.
     def encode(chunk: slice) -> Packed:
-        factor = feedback_factor(_hessians(stats, layer, chunk, recipe)) if recipe.error_feedback else None
-        return quantize_vectors(special[chunk], factor, bits=recipe.bits, length=VECTOR_LENGTH, iterations=_ITERATIONS)
+        hessians = _hessians(stats, layer, chunk, recipe) if recipe.value(ERROR_FEEDBACK) else None
+        return coder(special[chunk], hessians, recipe)
 
     packed = in_chunks(len(weight), weight.shape[2], encode)
     assert isinstance(packed, Codebook)
@@ -58,17 +77,22 @@ def quantize(weight: Tensor, stats: ProjectionStats | None, recipe: Recipe, proj
 
 def plan(shape: tuple[int, int, int], recipe: Recipe, projection: str) -> PackedProjection:
     """What :func:`quantize` stores for matrices of this shape, on the meta device."""
+    return plan_special(shape, recipe, transposed=False)
+
+
+def plan_special(shape: tuple[int, int, int], recipe: Recipe, *, transposed: bool) -> PackedProjection:
+    """What :func:`quantize_special` stores, with vectors along the rows or, transposed, along the columns."""
     experts, out, inputs = shape
     rank = _rank(inputs, recipe) if recipe.idre else 0
     scaled = recipe.gain or recipe.bcos not in ("off", "mean")
-    factor = Codebook(*shape, code_bits(recipe.bits, VECTOR_LENGTH), VECTOR_LENGTH, rank, scaled)
+    factor = Codebook(*shape, code_bits(recipe.bits, VECTOR_LENGTH), VECTOR_LENGTH, rank, scaled, transposed=transposed)
     bias = Dense(experts, 1, out) if recipe.bcos not in ("off", "variance") else None
     return PackedProjection(empty_like_spec(factor.spec()), bias=None if bias is None else empty_like_spec(bias.spec()))
 
 
 def needs(recipe: Recipe) -> CalibrationNeeds:
     """Plain k-means looks at weights alone; KLT, error feedback and corrections look at inputs."""
-    looks = recipe.error_feedback or recipe.gain or recipe.bcos != "off" or (recipe.idre and recipe.klt)
+    looks = recipe.value(ERROR_FEEDBACK) or recipe.gain or recipe.bcos != "off" or (recipe.idre and recipe.klt)
     return CalibrationNeeds(inputs=looks)
 
 

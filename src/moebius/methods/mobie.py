@@ -1,4 +1,13 @@
-"""MoBiE (Algorithm 1): joint decomposition, loss-aligned mixed-order binarization, null-space scaling. Each is a switch."""
+"""MoBiE (Algorithm 1): joint decomposition, loss-aligned mixed-order binarization, null-space scaling. Each is a switch.
+
+The shared factor sits at the input side unless asked otherwise: Eq. 4 prints the output side, Algorithm 2 indexes the other,
+and on really trained weights signs behind an output-side factor lose what the input side keeps (docs/experiments.md).
+
+Deviations: gate and up have one joint SVD, not one each, which at the input side halves the shared factor and measured better;
+the second plane of salient columns shares the row scales of the first; GLAS averages its Hessians over groups of channels;
+signs are found inside error feedback; Hessians lean on their layer's mean; λ of NGES counts in the mean energy of a row, as
+rows of the factors are far smaller than those of weights and 0.2 as it stands leaves little of NGES (``nges_relative=false``).
+"""
 
 from __future__ import annotations
 
@@ -54,7 +63,7 @@ def quantize(weight: Tensor, stats: ProjectionStats | None, recipe: Recipe, proj
         planes = _mixed_order(factor, hessian, importance, recipe)
         # Stage 3, NGES: scales that move the error to directions that no input uses.
         if recipe.nges:
-            planes = planes.scaled(*_null_space_scales(factor, planes, moments.raw(chunk), recipe))
+            planes = planes.scaled(*_null_space_scales(factor, planes, moments, chunk, recipe))
         if recipe.gain:
             planes = planes.scaled(row_gain(factor, planes.matrix(), hessian))
         if basis and basis.side == "output":
@@ -90,10 +99,10 @@ def left_factor(weight: Tensor, recipe: Recipe, projection: str) -> Tensor | Non
 
 
 def _side(recipe: Recipe, projection: str) -> str:
-    """``hidden``: where the projection meets the hidden state, which is shared by the experts."""
-    if recipe.side == "hidden":
-        return "input" if projection == "gate_up" else "output"
-    return recipe.side
+    """``hidden`` and ``inner``: where the projection meets the hidden state, or the inner state of the expert."""
+    if recipe.side in _PART:
+        return recipe.side
+    return "input" if (recipe.side == "hidden") == (projection == "gate_up") else "output"
 
 
 def _basis(weight: Tensor, recipe: Recipe, projection: str) -> JointBasis | None:
@@ -137,23 +146,39 @@ def _mixed_order(factor: Tensor, hessian: Tensor, importance: Tensor, recipe: Re
     )
 
 
-def _null_space_scales(factor: Tensor, planes: SignPlanes, moments: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    pull, iterations = recipe.nges_lambda, recipe.nges_iterations
+def _null_space_scales(
+    factor: Tensor, planes: SignPlanes, moments: _Moments, chunk: slice, recipe: Recipe
+) -> tuple[Tensor, Tensor]:
+    # Algorithm 1 has one null space for a layer; each expert's own is a choice.
+    of_layer = used_directions(moments.layer[None], recipe.null_space_threshold) if recipe.null_space == "layer" else None
+    of_experts = moments.raw(chunk) if of_layer is None else None
     found = []
     for expert, weight in enumerate(factor.split(1)):  # one at a time: fifteen passes over matrices that stay in the cache
-        used = used_directions(moments[expert : expert + 1], recipe.null_space_threshold)
-        found.append(null_space_scales(weight, planes.one(expert).matrix(), used, pull=pull, iterations=iterations))
+        used = of_layer
+        if of_experts is not None:
+            used = used_directions(of_experts[expert : expert + 1], recipe.null_space_threshold)
+        assert used is not None
+        binary = planes.one(expert).matrix()
+        pull = recipe.nges_lambda * (float(binary.square().sum(2).mean()) if recipe.nges_relative else 1.0)
+        found.append(null_space_scales(weight, binary, used, pull=pull, iterations=recipe.nges_iterations))
     rows, columns = zip(*found, strict=True)
     return torch.cat(rows), torch.cat(columns)
 
 
 CEJD = Option("cejd", True, "cross-expert joint decomposition (off: each expert's own weight is binarized)")
-SIDE = Option("side", "output", "where the shared factor of the joint SVD sits", ("output", "input", "hidden"))
+SIDE = Option(
+    "side",
+    "input",
+    "where the shared factor of the joint SVD sits; hidden: before gate_up and behind down; inner: behind gate_up, before down",
+    ("output", "input", "hidden", "inner"),
+)
+NULL_SPACE_OF = Option("null_space", "layer", "whose inputs span the null space", ("layer", "expert"))
+NGES_RELATIVE = Option("nges_relative", True, "λ counts in the mean energy of a row (off: as it stands)")
 OPTIONS = MethodOptions(
     (
         *(CEJD, SIDE, RANK, SHARED_BITS),
         *(GLAS, GLAS_GROUPS, SALIENT_FRACTION),
-        *NULL_SPACE,
+        *(*NULL_SPACE, NULL_SPACE_OF, NGES_RELATIVE),
         *(ALTERNATIONS, ERROR_FEEDBACK, BLOCK_SIZE),
         *CONDITIONING,
     ),

@@ -1,5 +1,5 @@
 """From a checkpoint to a packed checkpoint, one MoE layer at a time."""
 
-from moebius.pipeline.run import quantize_model
+from moebius.pipeline.run import check_recipe, quantize_model
 
-__all__ = ["quantize_model"]
+__all__ = ["check_recipe", "quantize_model"]

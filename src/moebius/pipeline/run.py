@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import time
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from moebius.calibrate.self_sampling import balanced_windows
 from moebius.calibrate.states import STATES_IN_MEMORY, states_bytes
 from moebius.calibrate.stream import stream_statistics
-from moebius.calibrate.tokens import calibration_windows, windows_digest
+from moebius.calibrate.tokens import begins_with, calibration_windows, windows_digest
 from moebius.checkpoint.manifest import FORMAT_VERSION, REPORT_NAME
 from moebius.checkpoint.names import expert_tensor_names, tied_copies
 from moebius.checkpoint.reader import SourceCheckpoint
@@ -83,6 +85,9 @@ def quantize_model(
         check_coverage(moe, job.expert_parameters())  # now, and not after hours; the same for a checkpoint of another model
         copied = set(checkpoint.names()) - expert_tensor_names(checkpoint, moe.model, job.packed_paths())
         checkpoint.check_finite(checkpoint.names(), progress, infinite=copied)
+        if job.needs.self_sampled:
+            windows = _self_sampled(moe, checkpoint.folder, calibration, progress)
+            calibration = dataclasses.replace(calibration, text="self-sampled", split="train")
         settings: dict[str, Any] = {"recipe": recipe.to_dict()}
         if windows is not None:
             settings["calibration"] = {**calibration.to_dict(), "digest": windows_digest(windows)}
@@ -128,6 +133,27 @@ def _pack(
     return refined
 
 
+def check_recipe(source: str | Path, recipe: Recipe, calibration: CalibrationSettings, device: str = "cpu") -> None:
+    """Refuse what :func:`quantize_model` would refuse of this model and recipe, from headers, config and tokenizer alone.
+
+    Raises:
+        MoebiusError: a model, recipe, budget, tokenizer or text that no run can use.
+    """
+    checkpoint = SourceCheckpoint.open(source)
+    moe = skeleton(checkpoint.folder)
+    job = _Job(moe, recipe, device)
+    job.planned_total()
+    _drawn(checkpoint.folder, calibration, job)
+
+
+def _drawn(folder: Path, calibration: CalibrationSettings, job: _Job) -> Tensor | None:
+    """The calibration windows, if there are to be any and the model does not write them."""
+    if job.needs.self_sampled:
+        begins_with(_tokenizer(folder), calibration.bos)
+        return None
+    return _windows(folder, calibration, job.moe) if job.needs.anything or job.method.survey is not None else None
+
+
 def _checked_early(
     checkpoint: SourceCheckpoint, recipe: Recipe, calibration: CalibrationSettings, device: str, writer: CheckpointWriter
 ) -> Tensor | None:
@@ -138,17 +164,10 @@ def _checked_early(
     """
     moe = skeleton(checkpoint.folder)
     job = _Job(moe, recipe, device)
-    check_coverage(moe, job.expert_parameters())
     replaced = expert_tensor_names(checkpoint, moe.model, job.expert_parameters())
-    bits = 0
-    for layer in moe.moe_layers:
-        layout = layer.layout
-        shapes = (layout.inner * (2 if layout.has_gate else 1), layout.hidden), (layout.hidden, layout.inner)
-        for projection, shape in zip(PROJECTIONS, shapes, strict=True):
-            bits += job.planned_bits((layout.experts, *shape), projection)
-    windows = None
-    if job.needs.anything or job.method.survey is not None:
-        windows = _windows(checkpoint.folder, calibration, moe)
+    bits = job.planned_total()
+    windows = _drawn(checkpoint.folder, calibration, job)
+    if windows is not None:
         tell_of_positions(moe.model.config, windows.shape[1])
     rest = sum(tensor.end - tensor.begin for name, tensor in checkpoint.tensors.items() if name not in replaced)
     writer.require_room(rest + bits // 8)
@@ -180,6 +199,29 @@ class _Job:
         self.refines: bool = dict(recipe.options).get("refine", False)
         self._shares: dict[tuple[str, str], dict[str, Any]] = {}
         self._planned: dict[tuple[tuple[int, int, int], str], int] = {}
+
+    def planned_total(self) -> int:
+        """Bits that all experts will take, about.
+
+        Raises:
+            MoebiusError: experts that are not all there, a budget that cannot be met, or a router that was not found.
+        """
+        check_coverage(self.moe, self.expert_parameters())
+        if self.binary_router:
+            for layer in self.moe.moe_layers:
+                self._require_router(layer)
+        bits = 0
+        for layer in self.moe.moe_layers:
+            layout = layer.layout
+            shapes = (layout.inner * (2 if layout.has_gate else 1), layout.hidden), (layout.hidden, layout.inner)
+            for projection, shape in zip(PROJECTIONS, shapes, strict=True):
+                bits += self.planned_bits((layout.experts, *shape), projection)
+        return bits
+
+    def _require_router(self, layer: MoeLayer) -> str:
+        if layer.router_name is None:
+            raise UnsupportedModelError(f"{layer.name}: no router was found to binarize; leave out router=binary")
+        return layer.router_name
 
     def planned_bits(self, shape: tuple[int, int, int], projection: str) -> int:
         """Bits that a projection of this shape (experts, out, in) will take, about; refused where the recipe cannot be met."""
@@ -293,10 +335,10 @@ class _Job:
         if zero := [p for p in PROJECTIONS if packed[paths[p]].is_zero()]:
             entry["zero"] = zero
         if self.binary_router:
-            if layer.router_name is None or stats is None or stats.router_moment is None:
-                raise UnsupportedModelError(f"{layer.name}: no router was found to binarize; leave out router=binary")
-            router = self.moe.model.get_parameter(f"{layer.router_name}.weight").detach().to(self.device)
-            packed[layer.router_name] = quantize_router(router, stats.router_moment.to(self.device), self.recipe)
+            name = self._require_router(layer)
+            assert stats is not None and stats.router_moment is not None
+            router = self.moe.model.get_parameter(f"{name}.weight").detach().to(self.device)
+            packed[name] = quantize_router(router, stats.router_moment.to(self.device), self.recipe)
         return packed, entry
 
 
@@ -325,16 +367,29 @@ def _tell_of_zeros(entries: list[dict[str, Any]]) -> None:
 
 
 def _windows(folder: Path, calibration: CalibrationSettings, moe: MoeModel) -> Tensor:
+    windows = calibration_windows(calibration, _tokenizer(folder))
+    check_tokens(moe.model, windows)
+    return windows
+
+
+def _self_sampled(moe: MoeModel, folder: Path, calibration: CalibrationSettings, progress: Progress) -> Tensor:
+    """As many windows as the calibration asks for, written by the model."""
+    if calibration.text != CalibrationSettings.text:
+        _log.warning("calibration text %s: not read, the model writes its own; self_sampling=false reads it", calibration.text)
+    head = begins_with(_tokenizer(folder), calibration.bos)
+    return balanced_windows(
+        moe, calibration.windows, calibration.window_length, head=head, seed=calibration.seed, progress=progress
+    )
+
+
+def _tokenizer(folder: Path) -> Any:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers and tokenizers raise whatever a damaged or newer file does to them
         raise CheckpointError(
             f"{folder}: has no tokenizer that transformers can load ({type(error).__name__}: {first_line(error)}); "
             "calibration needs one"
         ) from error
-    windows = calibration_windows(calibration, tokenizer)
-    check_tokens(moe.model, windows)
-    return windows
 
 
 class _Clock:

@@ -1,4 +1,4 @@
-"""Vector quantization by k-means: seeding, Lloyd's iterations, and assignment with error feedback (GPTVQ, KBVQ-MoE)."""
+"""Vector quantization by k-means: seeding, Lloyd's iterations, and assignment with error feedback (GPTVQ, KBVQ-MoE, VPTQ)."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from moebius.formats.codebook import Codebook
+from moebius.quantize.feedback import columns_with_feedback
 
 _SEEDING_VECTORS = 1 << 14  # k-means++ walks over its vectors once per entry: more than this is not worth the time
 _TRAINING_VECTORS = 64  # per entry: twice as many take twice as long and lower the error by 3 %
 _SCORES = 1 << 26  # distances held at a time: 256 MiB
+_BLOCK_SIZE = 128  # columns whose errors are gathered before they are pushed further
 _ENOUGH = 1e-3  # k-means stops for an expert once an iteration takes less than this share off its error
 
 
@@ -46,6 +48,65 @@ def quantize_vectors(
     return Codebook.pack(codes, codebooks, columns)
 
 
+def quantize_weighted(
+    weight: Tensor, importance: Tensor, *, bits: float, length: int, iterations: int, seed: int = 0
+) -> Codebook:
+    """Train a codebook for each expert on its own vectors, and give each the code that is best for it, by weighted errors.
+
+    Args:
+        weight: (experts, rows, columns) float32.
+        importance: what squared errors in each column count. (experts, columns)
+        bits, length, iterations, seed: as for :func:`quantize_vectors`.
+    """
+    experts, rows, columns = weight.shape
+    short = -columns % length
+    vectors = torch.nn.functional.pad(weight, (0, short)).reshape(experts, -1, length)
+    weights = torch.nn.functional.pad(importance, (0, short)).reshape(experts, 1, -1, length)
+    weights = weights.expand(-1, rows, -1, -1).reshape(experts, -1, length)
+    books = _weighted_books(vectors, weights, bits, iterations, seed)
+    return Codebook.pack(nearest(vectors, books, weights)[0].view(experts, rows, -1), books, columns)
+
+
+def quantize_columns(
+    weight: Tensor, importance: Tensor, factor: Tensor, *, bits: float, length: int, iterations: int, seed: int = 0
+) -> Codebook:
+    """Vectors along the columns, coded column after column, each error pushed into the columns after it (VPTQ, Algorithm 1).
+
+    All of a vector meets one input: how much its error counts is one number, the entry nearest to it is the best one, and
+    what the columns after it make up for is GPTQ's.
+
+    Args:
+        weight: (experts, rows, columns) float32.
+        importance: what squared errors in each column count while the codebooks are trained. (experts, columns)
+        factor: see :func:`moebius.quantize.feedback.columns_with_feedback`.
+        bits, length, iterations, seed: as for :func:`quantize_vectors`.
+    """
+    experts, rows, columns = weight.shape
+    short = -rows % length
+    vectors = torch.nn.functional.pad(weight.mT, (0, short)).reshape(experts, -1, length)
+    weights = importance.repeat_interleave(vectors.shape[1] // columns, 1).unsqueeze(2).expand_as(vectors)
+    books = _weighted_books(vectors, weights, bits, iterations, seed)
+    codes = torch.empty(experts, columns, vectors.shape[1] // columns, dtype=torch.int64, device=weight.device)
+
+    def code(column: int, values: Tensor) -> Tensor:
+        pieces = torch.nn.functional.pad(values, (0, short)).view(experts, -1, length)
+        codes[:, column] = chosen = nearest(pieces, books)[0]
+        return books.gather(1, chosen.unsqueeze(2).expand(-1, -1, length)).flatten(1)[:, :rows]
+
+    columns_with_feedback(weight.clone(), factor, _BLOCK_SIZE, code)
+    return Codebook.pack(codes, books, rows, transposed=True)
+
+
+def _weighted_books(vectors: Tensor, weights: Tensor, bits: float, iterations: int, seed: int) -> Tensor:
+    """Codebooks (experts, entries, length) as they are stored, trained on vectors drawn by seed."""
+    entries = 2 ** code_bits(bits, vectors.shape[2])
+    # Not every so many of them: that could be the same columns of all rows.
+    order = torch.randperm(vectors.shape[1], generator=torch.Generator().manual_seed(seed)).to(vectors.device)
+    seeds = seed_codebooks(vectors[:, order[:_SEEDING_VECTORS]], entries, seed)
+    some = order[: _TRAINING_VECTORS * entries].sort().values
+    return train_codebooks(vectors[:, some], seeds, iterations, weights[:, some])[0].half().float()
+
+
 def seed_codebooks(vectors: Tensor, entries: int, seed: int = 0) -> Tensor:
     """k-means++ (Arthur and Vassilvitskii, 2007): each entry is a vector, drawn in proportion to its distance from the others.
 
@@ -70,13 +131,16 @@ def seed_codebooks(vectors: Tensor, entries: int, seed: int = 0) -> Tensor:
     return chosen
 
 
-def train_codebooks(vectors: Tensor, codebooks: Tensor, iterations: int) -> tuple[Tensor, list[Tensor]]:
+def train_codebooks(
+    vectors: Tensor, codebooks: Tensor, iterations: int, weights: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
     """Lloyd's iterations from the codebooks given, for each expert until its error hardly falls any more.
 
     Args:
         vectors: (experts, count, length).
         codebooks: (experts, entries, length).
         iterations: at most.
+        weights: what the squared error of each entry of each vector counts, not negative (experts, count, length); None: one.
 
     Returns:
         New codebooks, and the squared errors (experts,) at the start of each iteration.
@@ -86,27 +150,34 @@ def train_codebooks(vectors: Tensor, codebooks: Tensor, iterations: int) -> tupl
     errors = vectors.new_full((len(vectors),), torch.inf)
     history = []
     for _ in range(iterations):
-        codes, distances = nearest(vectors[active], codebooks[active])
+        mine = None if weights is None else weights[active]
+        codes, distances = nearest(vectors[active], codebooks[active], mine)
         before = errors[active]
         errors[active] = distances.double().sum(1).float()
         history.append(errors.clone())
-        codebooks[active] = _centroids(vectors[active], codes, codebooks[active])
+        codebooks[active] = _centroids(vectors[active], codes, codebooks[active], mine)
         active = active[errors[active] < (1 - _ENOUGH) * before]
         if not len(active):
             break
     return codebooks, history
 
 
-def nearest(vectors: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
+def nearest(vectors: Tensor, codebooks: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The nearest entry of every vector and the squared distance to it.
 
     Args:
         vectors: (experts, count, length).
         codebooks: (experts, entries, length).
+        weights: as for :func:`train_codebooks`.
 
     Returns:
         int64 (experts, count) and (experts, count).
     """
+    if weights is not None:
+        # Σ w (v − c)² = Σ w v² + 2 (w · c²/2 − (w v) · c): one product with twice as long vectors.
+        longer = torch.cat([weights, -weights * vectors], 2)
+        found, lowest_scores = _lowest(longer, torch.cat([codebooks.square() / 2, codebooks], 2))
+        return found, ((weights * vectors.square()).sum(2) + 2 * lowest_scores).clamp_min(0)
     half_norms = codebooks.square().sum(2).unsqueeze(1) / 2  # (experts, 1, entries)
     step = max(1, _SCORES // (len(vectors) * codebooks.shape[1]))
     codes, scores = [], []
@@ -117,10 +188,22 @@ def nearest(vectors: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(codes, 1), (vectors.square().sum(2) + 2 * torch.cat(scores, 1)).clamp_min(0)
 
 
-def _centroids(vectors: Tensor, codes: Tensor, codebooks: Tensor) -> Tensor:
+def _lowest(vectors: Tensor, entries: Tensor) -> tuple[Tensor, Tensor]:
+    """The entry with the smallest product with every vector, and that product. (experts, count) each"""
+    step = max(1, _SCORES // (len(vectors) * entries.shape[1]))
+    lowest = [(piece @ entries.mT).min(2) for piece in vectors.split(step, dim=1)]
+    return torch.cat([found.indices for found in lowest], 1), torch.cat([found.values for found in lowest], 1)
+
+
+def _centroids(vectors: Tensor, codes: Tensor, codebooks: Tensor, weights: Tensor | None) -> Tensor:
     """The mean of the vectors of each code; an entry that nobody chose stays where it is."""
     # float64 sums of float32 values of like size are exact: their order, and with it the device, changes no byte.
     sums = torch.zeros_like(codebooks, dtype=torch.float64)
+    if weights is not None:
+        place, heavy = codes.unsqueeze(2).expand_as(vectors), weights.double()
+        sums.scatter_add_(1, place, heavy * vectors.double())
+        total = torch.zeros_like(sums).scatter_add_(1, place, heavy)
+        return torch.where(total > 0, sums / total, codebooks.double()).float()
     sums.scatter_add_(1, codes.unsqueeze(2).expand_as(vectors), vectors.double())
     counts = torch.zeros_like(sums[:, :, 0]).scatter_add_(1, codes, torch.ones_like(codes, dtype=torch.float64)).unsqueeze(2)
     return torch.where(counts > 0, sums / counts.clamp_min(1), codebooks.double()).float()

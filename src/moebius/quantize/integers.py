@@ -124,6 +124,37 @@ def round_with_feedback(weight: Tensor, cholesky: Tensor, bits: int, group_size:
     return IntegerCodes(codes, torch.cat(scales, 2), torch.cat(zeros, 2) if bits > 1 else None, bits, group_size)
 
 
+def round_in_order(weight: Tensor, factor: Tensor, order: Tensor, bits: int, group_size: int, block_size: int) -> IntegerCodes:
+    """:func:`round_with_feedback` in an order of its own: GPTQ's activation order with static groups.
+
+    The levels of a group are set from its columns as they came, wherever they stand in the order: codes and scales stay where
+    they are, and the order need not be stored.
+
+    Args:
+        weight: (experts, rows, columns) float32.
+        factor: of the Hessians whose rows and columns are in this order.
+        order: columns of each expert in the order of their rounding. int64 (experts, columns)
+        bits: 1 to 8.
+        group_size: columns per group.
+        block_size: as for :func:`round_with_feedback`.
+    """
+    places = order.unsqueeze(1).expand_as(weight)
+    updated, rows = weight.gather(2, places), weight.shape[1]
+    levels = [torch.cat(parts, 2) for parts in zip(*(_levels(g, bits) for g in weight.split(group_size, 2)), strict=True)]
+    ordered = torch.empty_like(weight, dtype=torch.uint8)
+
+    def quantize(column: int, values: Tensor) -> Tensor:
+        group = (order[:, column] // group_size)[:, None, None].expand(-1, rows, 1)
+        scale, zero = (level.gather(2, group) for level in levels)
+        code = _codes(values.unsqueeze(2), scale, zero, bits)
+        ordered[:, :, column] = code.squeeze(2).to(torch.uint8)
+        return ((code - zero) * scale).squeeze(2)
+
+    columns_with_feedback(updated, factor, block_size, quantize)
+    codes = torch.empty_like(ordered).scatter_(2, places, ordered)
+    return IntegerCodes(codes, levels[0], levels[1] if bits > 1 else None, bits, group_size)
+
+
 def _symmetric(values: Tensor, scale: Tensor, most: int) -> Tensor:
     """The nearest codes from 0 to ``most`` of levels around zero, as floats."""
     return (torch.where(scale > 0, values / scale, 0) + most / 2).round_().clamp_(0, most)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moebius.quantize.feedback import columns_with_feedback
+
 _ITERATIONS = 20
 _TINY = 1e-30
 
@@ -51,6 +53,35 @@ def distortions(directions: Tensor, widths: range, group_size: int) -> Tensor:
     return torch.stack(lost, -1)
 
 
+def round_rows_with_feedback(
+    weight: Tensor, factor: Tensor, widths: Tensor, group_size: int, block_size: int
+) -> RoundedDirections:
+    """GPTQ with rows of different widths: the directions are rows, and errors are pushed from column to column.
+
+    Args:
+        weight: (experts, rows, columns) float32.
+        factor: see :func:`moebius.quantize.feedback.columns_with_feedback`.
+        widths: bits of each row, 1 to 8. (experts, rows)
+        group_size: columns per scale; its levels are set when its first column is reached.
+        block_size: columns whose errors are gathered before they are pushed further.
+    """
+    updated, codes, values = weight.clone(), torch.empty_like(weight, dtype=torch.uint8), torch.empty_like(weight)
+    centre, scales = ((1 << widths) - 1) / 2, weight.new_zeros(*widths.shape, -(-weight.shape[2] // group_size))
+
+    def quantize(column: int, column_values: Tensor) -> Tensor:
+        scale = scales[:, :, column // group_size]
+        if column % group_size == 0:
+            group = updated[:, :, column : column + group_size]
+            for bits in widths.unique().tolist():
+                scale[widths == bits] = round_directions(group[widths == bits], bits, group_size).scales[:, 0]
+        levels = _levels(column_values, scale, centre)
+        codes[:, :, column], values[:, :, column] = (levels + centre).to(torch.uint8), levels * scale
+        return values[:, :, column]
+
+    columns_with_feedback(updated, factor, block_size, quantize)
+    return RoundedDirections(codes, scales, values)
+
+
 def _round_group(group: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes as floats, (..., 1) scales and values of one group."""
     centre = (2**bits - 1) / 2
@@ -65,7 +96,9 @@ def _round_group(group: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     return levels + centre, scale, levels * scale
 
 
-def _levels(group: Tensor, scale: Tensor, centre: float) -> Tensor:
+def _levels(group: Tensor, scale: Tensor, centre: float | Tensor) -> Tensor:
     """The nearest of ``-centre, ..., centre`` in units of the scale."""
-    steps = group / scale.clamp_min(_TINY)
-    return ((steps + centre).round()).clamp(0, 2 * centre) - centre
+    steps = (group / scale.clamp_min(_TINY) + centre).round()
+    highest = 2 * centre
+    clamped = steps.clamp(min=0).minimum(highest) if isinstance(highest, Tensor) else steps.clamp(0, highest)
+    return clamped - centre

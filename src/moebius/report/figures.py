@@ -32,7 +32,7 @@ def comparison_figure(rows: Sequence[ComparisonRow], path: Path) -> None:
     """
     original = next((row for row in rows if row.recipe is None), None)
     packed = [row for row in rows if row.recipe is not None]
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9.2, 4.2), layout=ConstrainedLayoutEngine(wspace=0.06))
         quality, routing = figure.subplots(1, 2)
         _draw_quality(quality, packed, original)
@@ -45,7 +45,7 @@ def comparison_figure(rows: Sequence[ComparisonRow], path: Path) -> None:
 
 def _draw_quality(axes: Axes, packed: Sequence[ComparisonRow], original: ComparisonRow | None) -> None:
     for index, row in enumerate(packed):
-        axes.plot(row.bits_per_expert_weight, row.perplexity, label=row.label, **{**_look(index), "linestyle": "none"})
+        axes.plot(row.bits_per_expert_weight, row.perplexity, label=row.label, **{**look(index), "linestyle": "none"})
     if original is not None:
         axes.axhline(original.perplexity, color=_GREY, linestyle="--", linewidth=1.2, zorder=1)
         axes.annotate(
@@ -84,7 +84,7 @@ def _draw_routing(axes: Axes, packed: Sequence[ComparisonRow]) -> None:
     for index, row in enumerate(packed):
         layers = range(1, len(row.routing_similarity) + 1)
         every = 1 + len(layers) // 12  # a marker on each of 48 layers would hide the lines
-        axes.plot(layers, row.routing_similarity, markevery=every, **_look(index))
+        axes.plot(layers, row.routing_similarity, markevery=every, **look(index))
     axes.axhline(1.0, color=_GREY, linestyle="--", linewidth=1.2, zorder=1)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(x=0.06)
@@ -93,7 +93,8 @@ def _draw_routing(axes: Axes, packed: Sequence[ComparisonRow]) -> None:
     axes.set_title("Routing similarity")
 
 
-def _look(index: int) -> dict[str, Any]:
+def look(index: int) -> dict[str, Any]:
+    """Colour, marker and line of the series of this number."""
     return {
         "color": _COLORS[index % len(_COLORS)],
         "marker": _MARKERS[index % len(_MARKERS)],
@@ -105,7 +106,7 @@ def _look(index: int) -> dict[str, Any]:
     }
 
 
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",

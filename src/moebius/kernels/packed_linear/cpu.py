@@ -30,7 +30,7 @@ def refusal(weight: Packed) -> str | None:
     """What keeps :class:`CpuLinear` from a matrix, in words; None if nothing does."""
     if native.missing() is not None:
         return native.missing()
-    if not isinstance(weight, Integers) or weight.zero_points or weight.batch != 1:
+    if not isinstance(weight, Integers) or weight.zero_points or weight.column_scaled or weight.batch != 1:
         return f"it is stored as {weight.spec()}, wanted one matrix of symmetric integers"
     if (weight.bits, weight.groups) != (8, 1) and (weight.bits != 4 or _group_size(weight) not in _GROUPS):
         groups = f"{weight.bits} bits with a scale for every {weight.group_size} columns"

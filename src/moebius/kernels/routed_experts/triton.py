@@ -100,8 +100,8 @@ def refusal(experts: PackedExperts) -> str | None:
         elif not isinstance(factor, Signs):
             return f"{name} has a factor of format {factor.name!r}, wanted planes or signs"
         for part in (projection.left, projection.right):
-            if isinstance(part, Integers) and (part.zero_points or part.groups > 1):
-                return f"{name} has a shared factor with zero points or groups, wanted one scale per row"
+            if isinstance(part, Integers) and (part.zero_points or part.groups > 1 or part.column_scaled):
+                return f"{name} has a shared factor with zero points, groups or scales of columns, wanted one scale per row"
             if part is not None and not isinstance(part, (Graded, Integers)):
                 return f"{name} has a shared factor of format {part.name!r}, wanted graded or integers"
         device = next(iter(factor.tensors().values())).device
