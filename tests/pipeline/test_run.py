@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -149,13 +150,13 @@ def test_the_router_is_not_touched_unless_asked(olmoe: Path, tmp_path: Path) -> 
 def test_the_coverage_gate_stops_a_run_that_forgets_a_layer(
     olmoe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = run.load_moe_model
+    open_model = run.open_model
 
-    def forgets_the_last(source: Path) -> run.MoeModel:
-        moe = load(source)
-        return type(moe)(**{**vars(moe), "moe_layers": moe.moe_layers[:-1]})
+    def forgets_the_last(checkpoint: run.SourceCheckpoint, device: str) -> run.StreamedModel:
+        opened = open_model(checkpoint, device)
+        return replace(opened, moe=replace(opened.moe, moe_layers=opened.moe.moe_layers[:-1]))
 
-    monkeypatch.setattr(run, "load_moe_model", forgets_the_last)
+    monkeypatch.setattr(run, "open_model", forgets_the_last)
     with pytest.raises(CoverageError, match="gate_up_proj"):
         quantize(olmoe, tmp_path / "packed")
     assert not (tmp_path / "packed").exists()

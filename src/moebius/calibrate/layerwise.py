@@ -143,7 +143,7 @@ def check_layerwise(moe: MoeModel, windows: Tensor) -> None:
     Raises:
         UnsupportedModelError: the logits differ, or a layer cannot be run alone.
     """
-    ids = windows[:1, :_CHECKED_TOKENS].to(moe.model.device)
+    ids = windows[:1, :_CHECKED_TOKENS].to(computing_device(moe))
     kind, place = type(moe.model).__name__, "its embeddings"
     with frozen(moe):
         whole = moe.model(input_ids=ids, use_cache=False).logits.float()
@@ -210,6 +210,11 @@ def frozen(moe: MoeModel) -> Iterator[None]:
             parameter.requires_grad_(True)
         for config, name in recorded:
             setattr(config, name, True)
+
+
+def computing_device(moe: MoeModel) -> torch.device:
+    """Where the model computes; weights that are read when they are used are on the meta device meanwhile."""
+    return next(tensor.device for tensor in [*moe.model.parameters(), *moe.model.buffers()] if not tensor.is_meta)
 
 
 @contextmanager

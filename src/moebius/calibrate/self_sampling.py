@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moebius.calibrate.layerwise import removed
+from moebius.calibrate.layerwise import computing_device, removed
 from moebius.errors import UnsupportedModelError
 from moebius.progress import Progress, Silent
 from moebius.types import MoeLayer, MoeModel
@@ -64,7 +64,7 @@ def balanced_windows(
     try:
         for first in drawn.split(_WINDOWS):
             begin = torch.cat([torch.tensor(head, dtype=torch.int64).expand(len(first), -1), first.unsqueeze(1)], 1)
-            written.append(_search(moe, begin.to(moe.model.device), length, branches, temperature).cpu())
+            written.append(_search(moe, begin.to(computing_device(moe)), length, branches, temperature).cpu())
             for _ in first:
                 progress.advance()
     finally:
@@ -117,7 +117,7 @@ class _Uses:
 
     def __init__(self, moe: MoeModel, rows: int) -> None:
         self._layers = moe.moe_layers
-        device = moe.model.device
+        device = computing_device(moe)
         self._counts = [torch.zeros(rows, layer.layout.experts, device=device) for layer in self._layers]
 
     @contextmanager

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from moebius.calibrate.accumulate import ProjectionSums
-from moebius.calibrate.layerwise import LayerRunner, calibrating, check_layerwise, in_float32, removed
+from moebius.calibrate.layerwise import LayerRunner, calibrating, check_layerwise, computing_device, in_float32, removed
 from moebius.calibrate.observe import Observation, observed
 from moebius.calibrate.states import HiddenStates, LayerState, Place, hidden_states
 from moebius.errors import CalibrationError
@@ -52,8 +52,8 @@ def stream_statistics(
 ) -> Iterator[LayerStats]:
     """The statistics of one MoE layer after the other: last to first with gradients, first to last without.
 
-    Let go of one layer's statistics before asking for the next: nothing here holds on to them. Between two layers the
-    weights of the decoder are in their own dtype and its forwards are its own.
+    Let go of one layer's statistics before asking for the next: nothing here holds on to them. While a layer's are handed
+    out its weights are there, in their own dtype, and the forwards of the decoder are its own.
 
     Args:
         moe: the model; all of it is as before once the iterator is exhausted or closed.
@@ -89,24 +89,26 @@ def stream_statistics(
     with ExitStack() as stack:
         stack.enter_context(calibrating(moe))
         states = stack.enter_context(hidden_states(work))
-        batches = windows.to(moe.model.device).split(batch_size)
-        passes = _Passes(moe, batches, needs, left_factors, states, LayerRunner(moe), resident, observing)
+        batches = windows.to(computing_device(moe)).split(batch_size)
+        passes = _Passes(moe, batches, needs, left_factors, states, LayerRunner(moe), observing)
         passes.embed()
         progress.stage("calibration: forward", depth)
         for index in range(depth):
-            sums = passes.forward(index, [] if needs.gradients else wanted.get(index, []))
-            progress.advance(f"{moe.decoder_name}.{index}")
-            while sums:
-                yield sums.pop(0).result()
+            with resident(index):
+                sums = passes.forward(index, [] if needs.gradients else wanted.get(index, []))
+                progress.advance(f"{moe.decoder_name}.{index}")
+                while sums:
+                    yield sums.pop(0).result()
         if not needs.gradients:
             return
         passes.tail()
         progress.stage("calibration: backward", depth - first)
         for index in reversed(range(first, depth)):
-            sums = passes.backward(index, wanted.get(index, []))
-            progress.advance(f"{moe.decoder_name}.{index}")
-            while sums:
-                yield sums.pop().result()
+            with resident(index):
+                sums = passes.backward(index, wanted.get(index, []))
+                progress.advance(f"{moe.decoder_name}.{index}")
+                while sums:
+                    yield sums.pop().result()
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,6 @@ class _Passes:
     left_factors: LeftFactors | None
     states: HiddenStates
     runner: LayerRunner
-    resident: Resident
     observing: dict[int, list[MoeLayer]]
 
     @torch.no_grad()
@@ -185,8 +186,8 @@ class _Passes:
 
     @contextmanager
     def _layer(self, index: int, layers: list[MoeLayer]) -> Iterator[list[_LayerSums]]:
-        """A decoder layer with its weights in memory and in float32, and empty sums for its MoE layers."""
-        with self.resident(index), in_float32(self.moe.decoder[index]):
+        """A decoder layer with its weights in float32, and empty sums for its MoE layers."""
+        with in_float32(self.moe.decoder[index]):
             yield [_LayerSums(layer, self.needs, self.left_factors) for layer in layers]
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -116,6 +117,12 @@ class StoredTensor:
                 file.seek(self.begin)
                 file.readinto(values.view(-1).view(torch.uint8).numpy().data)
         return values
+
+    def rows(self, rows: Tensor) -> Tensor:
+        """Some rows of a matrix (rows,) int64, read into memory of their own. (rows, width)"""
+        width = self.shape[1] * DTYPES[self.dtype].itemsize
+        stored = np.memmap(self.file, np.uint8, "r", self.begin, (self.shape[0], width))
+        return torch.from_numpy(np.asarray(stored[rows.numpy()])).view(DTYPES[self.dtype])
 
     def sha256(self) -> str:
         """Hash of the bytes."""

@@ -55,11 +55,12 @@ def why_not_loaded(error: Exception) -> str:
     return loading_report(error) or f"{type(error).__name__}: {first_line(error)}"
 
 
-def skeleton(source: PretrainedConfig | str | Path) -> MoeModel:
-    """The model of a config on the meta device: every name and shape, no memory.
+def skeleton(source: PretrainedConfig | str | Path, dtype: torch.dtype | None = None) -> MoeModel:
+    """The model of a config on the meta device, in evaluation mode: every name and shape, no memory.
 
     Args:
         source: a config, a checkpoint folder, a ``config.json``, or a name on the hub.
+        dtype: of the weights; None: that of the config.
 
     Raises:
         ModelNotFoundError: no such file or name.
@@ -74,10 +75,10 @@ def skeleton(source: PretrainedConfig | str | Path) -> MoeModel:
         )
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, **({"dtype": dtype} if dtype else {}))
     except Exception as error:  # whatever odd numbers in a config do to the constructor of a model
         raise UnsupportedModelError(f"{config.model_type}: not a causal language model: {first_line(error)}") from error
-    return describe(model)
+    return describe(model.eval())
 
 
 def describe(model: PreTrainedModel) -> MoeModel:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moebius.calibrate.grouped import Assignment, grouped_linear
-from moebius.calibrate.layerwise import LayerRunner, calibrating, in_float32, replaced_forwards
+from moebius.calibrate.layerwise import LayerRunner, calibrating, computing_device, in_float32, replaced_forwards
 from moebius.calibrate.observe import Product, observed_forward
+from moebius.calibrate.stream import Resident
 from moebius.errors import CalibrationError
 from moebius.formats.projection import PackedProjection
 from moebius.progress import Progress
@@ -32,12 +34,21 @@ PackedLayers = Mapping[str, Mapping[str, PackedProjection]]
 
 
 def refine(
-    moe: MoeModel, layers: PackedLayers, windows: Tensor, *, steps: int, seed: int, progress: Progress
+    moe: MoeModel,
+    layers: PackedLayers,
+    windows: Tensor,
+    *,
+    steps: int,
+    seed: int,
+    progress: Progress,
+    resident: Resident = lambda index: nullcontext(),
+    rest: Resident = lambda index: nullcontext(),
 ) -> tuple[dict[str, dict[str, PackedProjection]], list[float]]:
     """Train the scales and bases of packed experts for some steps of Adam.
 
-    In memory beside the model: 4 bytes for every expert weight that has planes, three times that for what is trained, the last
-    hidden states of the original for all windows, and the activations of all layers for four windows.
+    In memory beside all of the model but its expert matrices, in float32: 4 bytes for every expert weight that has planes,
+    three times that for what is trained, the last hidden states of the original for all windows, and the activations of all
+    layers for four windows.
 
     Args:
         moe: the original; as before afterwards.
@@ -46,6 +57,8 @@ def refine(
         steps: of four windows each.
         seed: of the order of the windows.
         progress: told about every step.
+        resident: entered around the work on a decoder layer of the original, with its index.
+        rest: entered for as long as the layers are trained, with the index of each; their expert matrices are not used then.
 
     Returns:
         The layers, packed again in as many bytes, and the loss before each step, in nats per token.
@@ -54,22 +67,25 @@ def refine(
         CalibrationError: the loss is not finite.
     """
     student = {name: {p: trainable(packed[p]) for p in PROJECTIONS} for name, packed in layers.items()}
-    with calibrating(moe):
-        wanted = _last_states(moe, windows)
+    windows = windows.to(computing_device(moe))
+    with calibrating(moe), ExitStack() as stack:
+        wanted = _last_states(moe, windows, resident)
         experts = nn.ModuleList(layer.experts for layer in moe.moe_layers)
         forwards = {layer.experts: _forward(layer, student[layer.name]) for layer in moe.moe_layers}
+        for index in range(len(moe.decoder)):
+            stack.enter_context(rest(index))
         with in_float32(moe.decoder, without=experts), replaced_forwards(forwards):
             losses = _train(moe, student, windows, wanted, steps, seed, progress)
     return {name: {p: trained.packed() for p, trained in pair.items()} for name, pair in student.items()}, losses
 
 
 @torch.no_grad()
-def _last_states(moe: MoeModel, windows: Tensor) -> Tensor:
+def _last_states(moe: MoeModel, windows: Tensor, resident: Resident) -> Tensor:
     """What the original's last decoder layer puts out, one layer in float32 at a time. (windows, length, hidden)"""
     runner, batches = LayerRunner(moe), windows.split(_BATCH)
     states = [runner.embed(ids) for ids in batches]
     for index, decoder_layer in enumerate(moe.decoder):
-        with in_float32(decoder_layer):
+        with resident(index), in_float32(decoder_layer):
             states = [runner.layer(index, ids, state) for ids, state in zip(batches, states, strict=True)]
     return torch.cat([state.hidden for state in states])
 

@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Collection, Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,16 @@ from moebius.checkpoint.reader import SourceCheckpoint
 from moebius.checkpoint.writer import CheckpointWriter
 from moebius.errors import CheckpointError, UnsupportedModelError, first_line
 from moebius.formats import Packed, PackedProjection
-from moebius.memory import PeakMemory, require_memory
+from moebius.memory import PeakMemory
 from moebius.methods import METHODS
 from moebius.methods.base import Method
 from moebius.methods.linear import packed_linears, quantize_linear
 from moebius.methods.router import quantize_router
 from moebius.models.layout import read_weights
 from moebius.models.limits import check_tokens, tell_of_positions
-from moebius.models.load import check_coverage, load_moe_model, skeleton
+from moebius.models.load import check_coverage
 from moebius.pipeline.refine import refine
+from moebius.pipeline.source import StreamedModel, open_model
 from moebius.progress import Progress, Silent
 from moebius.recipe import CalibrationSettings, Recipe
 from moebius.types import PROJECTIONS, CalibrationNeeds, ExpertWeights, LayerStats, MoeLayer, MoeModel
@@ -65,7 +67,7 @@ def quantize_model(
         out: folder to create; may exist if it is empty.
         recipe: what to do.
         calibration: which tokens to look at, for methods that need any.
-        device: where the linear algebra of each layer runs.
+        device: where each layer is run and quantized.
         progress: told about stages and steps.
 
     Returns:
@@ -79,10 +81,9 @@ def quantize_model(
     clock, memory = _Clock(), PeakMemory()
     with CheckpointWriter(out) as writer:
         checkpoint = SourceCheckpoint.open(source)
-        windows = _checked_early(checkpoint, recipe, calibration, device, writer)
-        moe = load_moe_model(checkpoint.folder, **_stored_dtype(checkpoint))
-        job = _Job(moe, recipe, device)
-        check_coverage(moe, job.expert_parameters())  # now, and not after hours; the same for a checkpoint of another model
+        job = _Job(open_model(checkpoint, device), recipe)
+        moe = job.moe
+        windows = _checked_early(job, calibration, writer)
         copied = set(checkpoint.names()) - expert_tensor_names(checkpoint, moe.model, job.packed_paths())
         checkpoint.check_finite(checkpoint.names(), progress, infinite=copied)
         if job.needs.self_sampled:
@@ -140,8 +141,7 @@ def check_recipe(source: str | Path, recipe: Recipe, calibration: CalibrationSet
         MoebiusError: a model, recipe, budget, tokenizer or text that no run can use.
     """
     checkpoint = SourceCheckpoint.open(source)
-    moe = skeleton(checkpoint.folder)
-    job = _Job(moe, recipe, device)
+    job = _Job(open_model(checkpoint, device), recipe)
     job.planned_total()
     _drawn(checkpoint.folder, calibration, job)
 
@@ -154,16 +154,13 @@ def _drawn(folder: Path, calibration: CalibrationSettings, job: _Job) -> Tensor 
     return _windows(folder, calibration, job.moe) if job.needs.anything or job.method.survey is not None else None
 
 
-def _checked_early(
-    checkpoint: SourceCheckpoint, recipe: Recipe, calibration: CalibrationSettings, device: str, writer: CheckpointWriter
-) -> Tensor | None:
+def _checked_early(job: _Job, calibration: CalibrationSettings, writer: CheckpointWriter) -> Tensor | None:
     """What can be known before the weights are read, cheapest first; the calibration windows, if there are to be any.
 
     Raises:
         MoebiusError: a model, tokenizer, text, budget or disk that the run would fail on later.
     """
-    moe = skeleton(checkpoint.folder)
-    job = _Job(moe, recipe, device)
+    moe, checkpoint = job.moe, job.source.checkpoint
     replaced = expert_tensor_names(checkpoint, moe.model, job.expert_parameters())
     bits = job.planned_total()
     windows = _drawn(checkpoint.folder, calibration, job)
@@ -171,14 +168,7 @@ def _checked_early(
         tell_of_positions(moe.model.config, windows.shape[1])
     rest = sum(tensor.end - tensor.begin for name, tensor in checkpoint.tensors.items() if name not in replaced)
     writer.require_room(rest + bits // 8)
-    require_memory(sum(tensor.end - tensor.begin for tensor in checkpoint.tensors.values()), str(checkpoint.folder))
     return windows
-
-
-def _stored_dtype(checkpoint: SourceCheckpoint) -> dict[str, Any]:
-    """What to load the weights as where the config does not say the dtype they are stored in."""
-    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    return {} if f"torch.{named}" == str(checkpoint.dtype) else {"dtype": checkpoint.dtype}
 
 
 def _machine(device: str) -> dict[str, Any]:
@@ -191,8 +181,8 @@ def _machine(device: str) -> dict[str, Any]:
 class _Job:
     """The units of a run (MoE layers first, then what else was asked for) and how each is packed."""
 
-    def __init__(self, moe: MoeModel, recipe: Recipe, device: str) -> None:
-        self.moe, self.recipe, self.device = moe, recipe, device
+    def __init__(self, source: StreamedModel, recipe: Recipe) -> None:
+        self.source, self.moe, self.recipe = source, source.moe, recipe
         self.method: Method = METHODS[recipe.method]
         self.binary_router = recipe.router == "binary"
         self.needs = self.method.needs(recipe) | CalibrationNeeds(router_moment=self.binary_router)
@@ -237,12 +227,14 @@ class _Job:
         seen = [name for name in layers if all(writer.kept(f"{name}.{projection}") is not None for projection in PROJECTIONS)]
         needs = survey.needs(self.recipe)
         work = self._work(windows, needs.gradients, writer.work.scratch)
-        for stats in stream_statistics(self.moe, windows, needs, skip=seen, work=work, progress=progress):
+        for stats in stream_statistics(
+            self.moe, windows, needs, skip=seen, work=work, resident=self.source.weights.layer, progress=progress
+        ):
             layer = layers[stats.name]
             weights = read_weights(layer.name, layer.experts)
             for projection in PROJECTIONS:
                 weight, of_projection = weights.projection(projection), stats.projection(projection)
-                found = survey.survey(weight.to(self.device), of_projection.to(self.device), self.recipe, projection)
+                found = survey.survey(weight, of_projection, self.recipe, projection)
                 writer.keep(f"{layer.name}.{projection}", {name: tensor.cpu() for name, tensor in found.items()})
             del stats, of_projection  # one layer's statistics in memory, not two
         places = [(name, projection) for name in layers for projection in PROJECTIONS]
@@ -261,20 +253,28 @@ class _Job:
             progress.stage("quantizing", len(layers))
             for layer in self.moe.moe_layers:
                 if layer.name not in finished:
-                    yield layer.name, *self._pack_layer(layer, None)
+                    with self.source.weights.layer(layer.decoder_layer):
+                        yield layer.name, *self._pack_layer(layer, None)
                 progress.advance(layer.name)
         else:
             left = self._left_factors if self.needs.glas_groups else None
             work = self._work(windows, self.needs.gradients, scratch)
             for stats in stream_statistics(
-                self.moe, windows, self.needs, left_factors=left, skip=finished, work=work, progress=progress
+                self.moe,
+                windows,
+                self.needs,
+                left_factors=left,
+                skip=finished,
+                work=work,
+                resident=self.source.weights.layer,
+                progress=progress,
             ):
                 name, (packed_layer, entry) = stats.name, self._pack_layer(layers[stats.name], stats)
                 del stats  # one layer's statistics in memory, not two
                 yield name, packed_layer, entry
         for name, bits in packed_linears(self.moe, self.recipe).items():
             if name not in finished:
-                weight = self.moe.model.get_parameter(f"{name}.weight").detach().to(self.device)
+                weight = self.source.weights.load(f"{name}.weight")
                 packed = quantize_linear(weight, bits)
                 yield name, {name: packed}, {"name": name, "bits": packed.stored_bits() / weight.numel()}
 
@@ -292,7 +292,16 @@ class _Job:
             layers[name] = {
                 p: found for p, path in of_projection.items() if isinstance(found := packed[path], PackedProjection)
             }
-        refined, losses = refine(self.moe, layers, windows, steps=self.recipe.refine_steps, seed=seed, progress=progress)
+        refined, losses = refine(
+            self.moe,
+            layers,
+            windows,
+            steps=self.recipe.refine_steps,
+            seed=seed,
+            progress=progress,
+            resident=self.source.weights.layer,
+            rest=partial(self.source.weights.layer, without=self.expert_parameters()),
+        )
         for name, (modules, entry) in kept.items():
             again = {paths[name][p]: projection for p, projection in refined.get(name, {}).items()}
             writer.write_layer(name, {**modules, **again}, entry)
@@ -327,8 +336,7 @@ class _Job:
         paths = _parameter_paths(layer)
         packed: dict[str, PackedProjection | Packed] = {}
         for projection in PROJECTIONS:
-            weight = weights.projection(projection).to(self.device)
-            seen = None if stats is None else stats.projection(projection).to(self.device)
+            weight, seen = weights.projection(projection), None if stats is None else stats.projection(projection)
             share = self._shares.get((layer.name, projection), {})
             packed[paths[projection]] = self.method.quantize(weight, seen, self.recipe, projection, **share)
         entry = _layer_entry(weights, stats, sum(p.stored_bits() for p in packed.values()))
@@ -337,8 +345,8 @@ class _Job:
         if self.binary_router:
             name = self._require_router(layer)
             assert stats is not None and stats.router_moment is not None
-            router = self.moe.model.get_parameter(f"{name}.weight").detach().to(self.device)
-            packed[name] = quantize_router(router, stats.router_moment.to(self.device), self.recipe)
+            router = self.moe.model.get_parameter(f"{name}.weight").detach()
+            packed[name] = quantize_router(router, stats.router_moment, self.recipe)
         return packed, entry
 
 
