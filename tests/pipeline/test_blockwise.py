@@ -95,7 +95,7 @@ def test_training_that_makes_it_worse_is_not_kept(olmoe: Path, tmp_path: Path, m
 
 def test_logits_are_refined_after_the_layers_were(olmoe: Path, tmp_path: Path) -> None:
     run(olmoe, tmp_path / "recovered", **RECOVERED)
-    report = run(olmoe, tmp_path / "both", refine=True, refine_steps=12, **RECOVERED)
+    report = run(olmoe, tmp_path / "both", refine=True, refine_steps=60, **RECOVERED)
     losses = report["refine"]["nats_per_token"]
     assert losses[-1] < losses[0]
     assert {"codes"} <= changed(tensors(tmp_path / "recovered"), tensors(tmp_path / "both")) <= CONTINUOUS
