@@ -187,7 +187,8 @@ class StreamedWeights:
     def _stored_by_row(self, name: str) -> StoredTensor | None:
         """The tensor that an embedding is stored as, if it is stored as it is."""
         conversion = self._of.get(self._stored_as.get(name, name))
-        return self._checkpoint.tensors[conversion.sources[0][0]] if conversion and conversion.converter is None else None
+        stored = self._checkpoint.tensors[conversion.sources[0][0]] if conversion and conversion.converter is None else None
+        return stored if isinstance(stored, StoredTensor) else None
 
     def _for_one_run(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
