@@ -155,6 +155,27 @@ def test_ties_are_names_of_parameters() -> None:
     assert not private.ties_of(tiny_model("olmoe"))
 
 
+def test_a_tie_can_be_undone() -> None:
+    tied = tiny_model("olmoe", tie_word_embeddings=True)
+    private.untie(tied, "lm_head.weight")
+    assert not private.ties_of(tied)
+
+
+def test_classes_say_in_which_dtype_their_parameters_are_loaded() -> None:
+    model = tiny_model("olmoe").to(torch.bfloat16)
+    assert set(private.loaded_dtypes(model).values()) == {torch.bfloat16}
+    model._keep_in_fp32_modules_strict = {"gate"}
+    wide = {name for name, dtype in private.loaded_dtypes(model).items() if dtype == torch.float32}
+    assert "model.layers.0.mlp.gate.weight" in wide and all("gate" in name for name in wide)
+
+
+def test_classes_say_what_a_checkpoint_may_lack() -> None:
+    model = tiny_model("olmoe")
+    assert private.must_be_stored(model, ["lm_head.weight"]) == {"lm_head.weight"}
+    model._keys_to_ignore_on_load_missing = [r"^lm_head"]
+    assert private.must_be_stored(model, ["lm_head.weight"]) == set()
+
+
 def test_stored_names_are_renamed_and_fused_by_transformers_own_tables() -> None:
     model = tiny_model("mixtral")
     transforms = private.get_model_conversion_mapping(model)

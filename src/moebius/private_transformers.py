@@ -7,13 +7,15 @@ reaches into transformers (``register``, ``one_line`` and ``quantizer`` in ``hf/
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
     from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -110,6 +112,32 @@ def ties_of(model: PreTrainedModel) -> Mapping[str, str]:
     """Parameters that are another one's, by name."""
     ties: Mapping[str, str] = model.all_tied_weights_keys
     return ties
+
+
+def untie(model: PreTrainedModel, name: str) -> None:
+    """Let a parameter be one of its own that the config calls tied."""
+    model.all_tied_weights_keys.pop(name, None)
+
+
+def loaded_dtypes(model: PreTrainedModel) -> dict[str, torch.dtype]:
+    """The dtype in which each parameter and buffer is loaded: its own, or that which its class asks for."""
+    from transformers.core_model_loading import build_glob_alternation
+
+    plan: dict[str, torch.dtype] = model._get_dtype_plan(model.dtype)
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    if plan:
+        pattern, key_of_group, _ = build_glob_alternation(list(plan))
+        dtypes.update({n: plan[key_of_group[str(found.lastgroup)]] for n in dtypes if (found := pattern.search(n))})
+    return dtypes
+
+
+def must_be_stored(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
+    """Of these parameters and buffers, those that a checkpoint may not lack."""
+
+    report: Any = SimpleNamespace(missing_keys=set(names), unexpected_keys=set())
+    model._adjust_missing_and_unexpected_keys(report)
+    missing: set[str] = report.missing_keys
+    return missing
 
 
 def fetched_file(model_name: str, file: str, config: Any) -> str | None:

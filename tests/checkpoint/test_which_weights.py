@@ -112,7 +112,7 @@ def float8(tensors: Tensors, name: str, dtype: torch.dtype, keep_scale: bool) ->
 
 STRIPPED: dict[str, Callable[[Tensors], object]] = {
     "float8, scales gone": lambda t: float8(t, EXPERT, torch.float8_e4m3fn, False),
-    "float8 in attention": lambda t: float8(t, ATTENTION, torch.float8_e4m3fn, True),
+    "float8 in attention, scales gone": lambda t: float8(t, ATTENTION, torch.float8_e4m3fn, False),
     "float8 as bytes": lambda t: float8(t, EXPERT, torch.uint8, True),
     "float8 codes as bfloat16": lambda t: float8(t, EXPERT, torch.bfloat16, True),
     "mxfp4": lambda t: t.update({"model.layers.0.mlp.experts.gate_up_proj_blocks": torch.zeros(8, 4, 4, dtype=torch.uint8)}),
@@ -135,20 +135,20 @@ def test_codes_without_a_config(copy: Path, tmp_path: Path, how: str) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"quantization_config": {"quant_method": "mxfp4"}},
-        {"text_config": {"quantization_config": {"quant_method": "fp8"}}},
-        {"quantization_config": [1]},
-    ],
-)
-def test_configs_that_say_so(copy: Path, fields: dict[str, Any]) -> None:
+LEFT_OVER: list[dict[str, Any]] = [
+    {"quantization_config": {"quant_method": "gptq"}},
+    {"draft_config": {"quantization_config": {"quant_method": "awq"}}},
+]
+
+
+@pytest.mark.parametrize("fields", LEFT_OVER)
+def test_configs_are_believed_where_there_are_no_tensors(copy: Path, fields: dict[str, Any]) -> None:
+    before = plan_model(copy, RTN, CalibrationSettings()).to_dict()
     configure(copy, **fields)
-    for opens in (SourceCheckpoint.open, lambda folder: plan_model(folder, RTN, CalibrationSettings())):
-        with pytest.raises(MoebiusError, match="is quantized already") as caught:
-            opens(copy)
-        assert "\n" not in str(caught.value)
+    assert plan_model(copy, RTN, CalibrationSettings()).to_dict() == before, "its weights are of 16 bit"
+    with pytest.raises(MoebiusError, match="is quantized already") as caught:
+        plan_model(copy / "config.json", RTN, CalibrationSettings())
+    assert "\n" not in str(caught.value)
 
 
 def test_masks_and_unused_scales_are_no_codes(copy: Path) -> None:

@@ -11,8 +11,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moebius.checkpoint.dequantized import SourceTensor
 from moebius.checkpoint.names import parameters_of
-from moebius.checkpoint.shards import StoredTensor
 from moebius.types import MoeModel
 
 _SHOWN = 4
@@ -49,7 +49,7 @@ class NotLoaded:
         return {"names": list(self.names), "tensors": self.tensors, "weights": self.weights, "bytes": self.bytes}
 
 
-def not_loaded(tensors: Mapping[str, StoredTensor], moe: MoeModel, claimed: Collection[str] = ()) -> NotLoaded:
+def not_loaded(tensors: Mapping[str, SourceTensor], moe: MoeModel, claimed: Collection[str] = ()) -> NotLoaded:
     """The tensors of a checkpoint that are of no use to its model.
 
     Args:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moebius.checkpoint.quantized import refuse_codes, refuse_quantized_config
-from moebius.checkpoint.shards import DTYPES, StoredTensor, leftovers, read_folder, weight_files
+from moebius.checkpoint.dequantized import DequantizedTensor, SourceTensor, dequantized
+from moebius.checkpoint.quantized import quantizations, refuse_codes, without_quantization
+from moebius.checkpoint.shards import DTYPES, leftovers, read_folder, weight_files
 from moebius.errors import CheckpointError, ModelNotFoundError, first_line
 from moebius.json_file import read_config as read_model_config
 from moebius.progress import Progress, Silent
@@ -34,13 +35,14 @@ class SourceCheckpoint:
     Attributes:
         folder: where it is.
         config: its ``config.json``.
-        tensors: what its files hold, by checkpoint name, in the order of the names.
+        tensors: what its files hold, by checkpoint name, in the order of the names; what is quantized as the weights that it
+            stands for.
         stamps: size and time of change of its config and weights when it was opened.
     """
 
     folder: Path
     config: dict[str, Any]
-    tensors: dict[str, StoredTensor]
+    tensors: dict[str, SourceTensor]
     stamps: dict[Path, tuple[int, int]] = field(default_factory=dict)
 
     @classmethod
@@ -53,15 +55,21 @@ class SourceCheckpoint:
         Raises:
             ModelNotFoundError: nothing there.
             CheckpointError: a shard that is missing, truncated, unreadable or not what the index says.
-            UnsupportedModelError: a checkpoint that is quantized already, by its config or by its tensors.
+            UnsupportedModelError: a checkpoint that is quantized in a way that Moebius does not read.
         """
         folder = locate(source)
         config = read_config(folder)
-        refuse_quantized_config(config, source)
-        tensors = dict(sorted(read_folder(folder, config).items()))
+        stored = read_folder(folder, config)
+        named = str(config.get("dtype") or config.get("torch_dtype"))
+        tensors = dict(sorted(dequantized(stored, getattr(torch, named, None)).items()))
         refuse_codes(tensors, source)
-        _say_leftovers(folder, leftovers(weight_files(folder, config)[1], tensors))
-        files = {folder / "config.json", *(tensor.file for tensor in tensors.values())}
+        _say_leftovers(folder, leftovers(weight_files(folder, config)[1], stored))
+        if (methods := {method for _, method in quantizations(config)}) and not _kinds(tensors):
+            _say(
+                f"{folder}: config.json says {', '.join(sorted(methods))}, but the weights are not quantized: there is nothing "
+                "to dequantize, they are read as they are"
+            )
+        files = {folder / "config.json", *(tensor.file for tensor in stored.values())}
         return cls(folder, config, tensors, {file: _stamp(file) for file in sorted(files)})
 
     @property
@@ -79,7 +87,7 @@ class SourceCheckpoint:
         Its dtype is that of the stored weights where the config has none, or float16, which does not hold what bfloat16 holds.
         Code of the checkpoint's own is not named any more: what was packed are the modules of transformers' class.
         """
-        config = {**self.config, "quantization_config": quantization_config}
+        config = {**without_quantization(self.config), "quantization_config": quantization_config}
         named = config.get("dtype") or config.get("torch_dtype")
         if named is None or (named == "float16" and self.dtype != torch.float16):
             config.pop("torch_dtype", None)
@@ -93,7 +101,11 @@ class SourceCheckpoint:
     @property
     def files(self) -> tuple[Path, ...]:
         """The safetensors files."""
-        return tuple(sorted({tensor.file for tensor in self.tensors.values()}))
+        return tuple(sorted(file for file in self.stamps if file.suffix == ".safetensors"))
+
+    def dequantized_from(self) -> dict[str, int]:
+        """How many weights were quantized in the files, by what they are stored as."""
+        return dict(sorted(_kinds(self.tensors).items()))
 
     def names(self) -> list[str]:
         """Checkpoint names of all tensors, sorted."""
@@ -149,6 +161,10 @@ class SourceCheckpoint:
                         f"{self.tensors[name].file}: {name} holds {bad} values that are NaN or Inf; it cannot be quantized"
                     )
             progress.advance(name)
+
+
+def _kinds(tensors: Mapping[str, SourceTensor]) -> Counter[str]:
+    return Counter(tensor.kind for tensor in tensors.values() if isinstance(tensor, DequantizedTensor))
 
 
 def _stamp(file: Path) -> tuple[int, int]:

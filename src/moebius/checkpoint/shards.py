@@ -38,6 +38,7 @@ DTYPES = {
     "I8": torch.int8,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "U16": torch.uint16,
     "I16": torch.int16,
     "F16": torch.float16,
@@ -91,6 +92,11 @@ class StoredTensor:
     file: Path
     begin: int
     end: int
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes in the file."""
+        return self.end - self.begin
 
     @property
     def is_guard(self) -> bool:

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import build_glob_alternation
 
 from moebius.checkpoint.names import Conversion, conversions
 from moebius.checkpoint.reader import SourceCheckpoint
 from moebius.checkpoint.shards import DTYPES, StoredTensor
 from moebius.errors import CheckpointError, first_line
+from moebius.private_transformers import loaded_dtypes, must_be_stored, ties_of, untie
 from moebius.types import MoeModel
 
 #: Where a module holds a tensor, under which name, and what it held before.
@@ -45,7 +45,7 @@ class StreamedWeights:
         self._checkpoint, self._model, self._device = checkpoint, moe.model, torch.device(device)
         self._decoder_name = moe.decoder_name
         self._state: dict[str, Tensor] = moe.model.state_dict()
-        self._dtypes = _loaded_dtypes(moe.model, self._state)
+        self._dtypes = loaded_dtypes(moe.model)
         self._of: dict[str, Conversion] = {}
         for conversion in conversions(checkpoint.names(), moe.model):
             self._of.update(dict.fromkeys(self._made_by(conversion), conversion))
@@ -134,16 +134,15 @@ class StreamedWeights:
 
     def _ties(self) -> dict[str, str]:
         """For parameters that are tied to others, the one that is stored; a copy with other contents stands for itself."""
-        ties: dict[str, str] = self._model.all_tied_weights_keys
         groups: dict[str, list[str]] = {}
-        for copy, original in ties.items():
+        for copy, original in ties_of(self._model).items():
             groups.setdefault(original, [original]).append(copy)
         stored_as = {}
         for names in groups.values():
             stored = [name for name in names if name in self._of]
             for name in stored[1:]:
                 if not self._is_copy(name, stored[0]):
-                    ties.pop(name, None)
+                    untie(self._model, name)
             stored_as.update({name: stored[0] for name in names if stored and name not in stored})
         return stored_as
 
@@ -155,11 +154,9 @@ class StreamedWeights:
     def _make_what_is_not_stored(self) -> None:
         """Buffers that are never stored, and what may be missing, as transformers makes them."""
         missing = {name for name in self._state if name not in self._of and name not in self._stored_as}
-        info: Any = _LoadingInfo(set(missing))
-        self._model._adjust_missing_and_unexpected_keys(info)
-        if info.missing_keys:
+        if lacking := must_be_stored(self._model, missing):
             raise CheckpointError(
-                f"{self._checkpoint.folder}: {len(info.missing_keys)} tensors are missing, such as {min(info.missing_keys)}; "
+                f"{self._checkpoint.folder}: {len(lacking)} tensors are missing, such as {min(lacking)}; "
                 "fetch the checkpoint again"
             )
         made = [*missing, *(name for name, _ in self._model.named_non_persistent_buffers())]
@@ -190,7 +187,8 @@ class StreamedWeights:
     def _stored_by_row(self, name: str) -> StoredTensor | None:
         """The tensor that an embedding is stored as, if it is stored as it is."""
         conversion = self._of.get(self._stored_as.get(name, name))
-        return self._checkpoint.tensors[conversion.sources[0][0]] if conversion and conversion.converter is None else None
+        stored = self._checkpoint.tensors[conversion.sources[0][0]] if conversion and conversion.converter is None else None
+        return stored if isinstance(stored, StoredTensor) else None
 
     def _for_one_run(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -243,13 +241,6 @@ class _Head:
         self._near = {}
 
 
-class _LoadingInfo:
-    """What transformers' loader keeps of names, as far as it is asked for here."""
-
-    def __init__(self, missing_keys: set[str]) -> None:
-        self.missing_keys, self.unexpected_keys = missing_keys, set[str]()
-
-
 def _restore(places: list[_Place]) -> None:
     for held, own, tensor in places:
         held[own] = tensor
@@ -260,13 +251,3 @@ def _towers(moe: MoeModel) -> Iterator[str]:
     for path, module in moe.model.named_modules():
         if path and isinstance(module, PreTrainedModel) and not moe.decoder_name.startswith(f"{path}."):
             yield path
-
-
-def _loaded_dtypes(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, torch.dtype]:
-    """The dtype in which transformers' loader has each parameter: its own, or that which its class asks for."""
-    plan: dict[str, torch.dtype] = model._get_dtype_plan(model.dtype)
-    dtypes = {name: tensor.dtype for name, tensor in state.items()}
-    if plan:
-        pattern, key_of_group, _ = build_glob_alternation(list(plan))
-        dtypes.update({n: plan[key_of_group[str(found.lastgroup)]] for n in state if (found := pattern.search(n))})
-    return dtypes

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from moebius import unfinished
 from moebius.checkpoint.companions import copy_companions
+from moebius.checkpoint.dequantized import SourceTensor
 from moebius.checkpoint.guards import guard_sources
 from moebius.checkpoint.manifest import MANIFEST_NAME, manifest_text
 from moebius.checkpoint.reader import SourceCheckpoint
-from moebius.checkpoint.shards import INDEX_NAME, MemoryTensor, StoredTensor, byte_count, read_shard, sync_folder, write_text
+from moebius.checkpoint.shards import INDEX_NAME, MemoryTensor, byte_count, read_shard, sync_folder, write_text
 from moebius.checkpoint.work_folder import WorkFolder
 from moebius.errors import MoebiusError, OutputError
 from moebius.formats import Packed, PackedProjection
@@ -299,9 +300,9 @@ def _record(name: str, packed: Mapping[str, PackedProjection | Packed], entry: A
     return {"name": name, "entry": entry, "modules": {path: p.spec() for path, p in packed.items()}}
 
 
-def _rest_shards(checkpoint: SourceCheckpoint, exclude: Collection[str]) -> Iterator[list[StoredTensor]]:
+def _rest_shards(checkpoint: SourceCheckpoint, exclude: Collection[str]) -> Iterator[list[SourceTensor]]:
     """The tensors to copy, in shards of bounded size, in the order of their names."""
-    shard: list[StoredTensor] = []
+    shard: list[SourceTensor] = []
     size = 0
     for name, tensor in checkpoint.tensors.items():
         if name in exclude:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from moebius.checkpoint.manifest import REPORT_NAME, is_packed, read_packed_config, verify
+from moebius.checkpoint.reader import locate
 from moebius.errors import CheckpointError
 from moebius.evaluate.plan import checkpoint_size
 from moebius.evaluate.size import ModelSize, packed_checkpoint_size
-from moebius.hf.loading import checkpoint_folder
 from moebius.json_file import field, read_object
 
 
@@ -55,7 +55,7 @@ def checkpoint_info(source: str | Path, *, verified: bool = False) -> Checkpoint
         ModelNotFoundError: nothing there.
         CheckpointError: a checkpoint that is damaged, or one without a manifest that is to be verified.
     """
-    folder = checkpoint_folder(source)
+    folder = locate(source)
     packed = is_packed(folder)
     if verified and not packed:
         raise CheckpointError(f"{source}: got a checkpoint that Moebius did not pack, which has no manifest to verify")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -13,9 +14,10 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from moebius.calibrate.states import STATES_IN_MEMORY, states_bytes
-from moebius.checkpoint.names import expert_tensor_names
+from moebius.checkpoint.dequantized import DequantizedTensor
+from moebius.checkpoint.names import expert_tensor_names, parameters_of
 from moebius.checkpoint.not_loaded import not_loaded
-from moebius.checkpoint.quantized import refuse_quantized_config
+from moebius.checkpoint.quantized import READ, refuse_quantized_config
 from moebius.checkpoint.reader import SourceCheckpoint
 from moebius.checkpoint.routing import experts_per_token
 from moebius.errors import CheckpointError, ModelNotFoundError
@@ -97,7 +99,8 @@ def plan_model(source: PretrainedConfig | str | Path, recipe: Recipe, calibratio
     """
     checkpoint = _weights_beside(source)
     moe = skeleton(source)
-    refuse_quantized_config(moe.model.config.to_dict(), moe.model.config.model_type)
+    if checkpoint is None:
+        refuse_quantized_config(moe.model.config.to_dict(), moe.model.config.model_type, but=READ)
     before = _original_size(moe) if checkpoint is None else _size_with_weights(moe, checkpoint)
     return Plan(
         before, _size_after(moe, before, recipe), len(moe.moe_layers), _peak_memory(moe, recipe, calibration, before.top_k)
@@ -121,13 +124,26 @@ def _weights_beside(source: PretrainedConfig | str | Path) -> SourceCheckpoint |
 def _size_with_weights(moe: MoeModel, checkpoint: SourceCheckpoint) -> ModelSize:
     """The original in the dtype that it is stored in, with what it stores beside the model."""
     _in_dtype(moe, checkpoint.dtype)
-    size, beside = _original_size(moe), not_loaded(checkpoint.tensors, moe)
+    size, beside = _as_stored(_original_size(moe), moe, checkpoint), not_loaded(checkpoint.tensors, moe)
     return replace(
         size,
         other_weights=size.other_weights + beside.weights,
         other_bits=size.other_bits + 8 * beside.bytes,
         not_loaded=beside,
     )
+
+
+def _as_stored(size: ModelSize, moe: MoeModel, checkpoint: SourceCheckpoint) -> ModelSize:
+    """The experts that are quantized in the files, in what they take there."""
+    bits: Counter[str] = Counter()
+    kinds = {}
+    for name, targets in parameters_of(checkpoint.names(), moe.model).items():
+        if isinstance(tensor := checkpoint.tensors[name], DequantizedTensor):
+            for target in targets:
+                bits[target] += 8 * tensor.stored_bytes
+                kinds[target] = tensor.kind
+    modules = (replace(m, description=kinds[m.name], stored_bits=bits[m.name]) if m.name in bits else m for m in size.modules)
+    return replace(size, modules=tuple(modules))
 
 
 def _in_dtype(moe: MoeModel, dtype: torch.dtype | None) -> None:
@@ -146,11 +162,11 @@ def checkpoint_size(source: str | Path) -> ModelSize:
     moe = skeleton(checkpoint.folder)
     expert_tensor_names(checkpoint, moe.model, [_path(layer, p) for layer in moe.moe_layers for p in PROJECTIONS])
     _in_dtype(moe, checkpoint.dtype)
-    size = _original_size(moe)
+    size = _as_stored(_original_size(moe), moe, checkpoint)
     return ModelSize(
         modules=size.modules,
         other_weights=sum(math.prod(t.shape) for t in checkpoint.tensors.values()) - size.expert_weights,
-        other_bits=sum(8 * (t.end - t.begin) for t in checkpoint.tensors.values()) - size.expert_bits,
+        other_bits=sum(8 * t.stored_bytes for t in checkpoint.tensors.values()) - size.expert_bits,
         top_k=size.top_k,
         file_bytes=file_bytes(checkpoint.folder),
         folder_bytes=folder_bytes(checkpoint.folder),

@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 import moebius  # noqa: F401  registers packed checkpoints with transformers
 from moebius.checkpoint.manifest import is_packed
+from moebius.checkpoint.quantized import refuse_quantized_config
 from moebius.checkpoint.reader import SourceCheckpoint, locate
 from moebius.checkpoint.shards import read_folder
 from moebius.errors import CheckpointError, MoebiusError
@@ -67,7 +68,9 @@ def checkpoint_folder(source: str | Path) -> Path:
     """
     folder = locate(source)
     # A packed checkpoint is checked against its manifest by what loads it.
-    return folder if is_packed(folder) else SourceCheckpoint.open(folder).folder
+    if not is_packed(folder):
+        refuse_quantized_config(SourceCheckpoint.open(folder).config, source)  # transformers would go by the config
+    return folder
 
 
 def _bytes_in_memory(folder: Path, dtype: str) -> int:

@@ -85,7 +85,7 @@ def recover(
         seed: of the order of the windows.
         work: folder in which hidden states are kept; None keeps them in memory.
         progress: told about every layer.
-        resident: entered around the work on a decoder layer, with its index.
+        resident: entered around the work on a decoder layer of the original, with its index.
 
     Raises:
         CalibrationError: the error of a layer is not finite.
@@ -163,7 +163,7 @@ def _train_block(
 ) -> tuple[float, float]:
     """Train the experts of a decoder layer, and put what they became into ``pairs``; the errors before and after."""
     begin = time.perf_counter()
-    device = walk.batches[0].device
+    device = computing_device(walk.moe)
     dtype = product_dtype(device)
     known = {layer.name: packed(layer.name) for layer in layers}
     students = []

@@ -60,8 +60,9 @@ def refine(
     Raises:
         CalibrationError: the loss is not finite.
     """
-    windows = windows.to(computing_device(moe))
-    students = [Student(layer, layers[layer.name], dtype=product_dtype(windows.device)) for layer in moe.moe_layers]
+    device = computing_device(moe)
+    windows = windows.to(device)
+    students = [Student(layer, layers[layer.name], dtype=product_dtype(device)) for layer in moe.moe_layers]
     with calibrating(moe), ExitStack() as stack:
         wanted = _last_states(moe, windows, resident)
         experts = nn.ModuleList(layer.experts for layer in moe.moe_layers)

@@ -108,6 +108,7 @@ def quantize_model(
             **settings,
             "layers": [entries[name] for name in job.unit_names()],
             **refined,
+            **({"dequantized_from": kinds} if (kinds := checkpoint.dequantized_from()) else {}),
         }
         config = {"quant_method": "moebius", "format_version": FORMAT_VERSION, **settings, "modules": modules}
         writer.finish(checkpoint, config, {REPORT_NAME: json.dumps(report, indent=1) + "\n"})
