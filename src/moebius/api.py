@@ -260,6 +260,7 @@ def compare(
     text: str | PathLike[str] = "builtin",
     text_windows: int = 64,
     samples: int = 0,
+    add: bool = False,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> ComparisonResult:
@@ -274,6 +275,7 @@ def compare(
         text: held-out text, as :func:`evaluate`.
         text_windows: windows of it.
         samples: completions per model, at most 3.
+        add: ``out`` holds a finished comparison, which gets the recipes that it does not have.
         device: where to compute.
         progress: told about stages and steps.
 
@@ -285,11 +287,11 @@ def compare(
     settings = calibration_from(_text(calibration), windows, window_length, seed)
     candidates = chosen_recipes(recipes, preset, settings)
     held_out = calibration_from(_text(text), text_windows, window_length, seed, split="held-out")
-    source, folder = str(path_or_hub_name(model)), require_free(Path(out))
+    source, folder = str(path_or_hub_name(model)), Path(out).expanduser() if add else require_free(Path(out))
     require_device(device)
     matched = settings if preset in MATCHED else None
     comparison = Comparison(display_name(model), source, candidates, settings, held_out, PROMPTS[:samples], device, matched)
-    return compare_models(comparison, folder, progress)
+    return compare_models(comparison, folder, progress, add=add)
 
 
 def plan(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -55,6 +56,22 @@ def test_grouped_linear_and_its_gradient() -> None:
     (wanted_gradient,) = torch.autograd.grad(wanted, rows, upstream)
     torch.testing.assert_close(got, wanted)
     torch.testing.assert_close(got_gradient, wanted_gradient)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_the_gradient_of_the_weights_is_that_of_a_loop(dtype: torch.dtype, tolerance: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    assignment = Assignment.of(torch.randint(0, EXPERTS, (70, 3), generator=generator) ** 2 // EXPERTS, EXPERTS)
+    weight = torch.randn(EXPERTS, 7, 5, generator=generator, requires_grad=True)
+    rows = torch.randn(len(assignment.order), 5, generator=generator, requires_grad=True)
+    upstream = torch.randn(len(assignment.order), 7, generator=generator)
+    got = grouped_linear(rows, weight, assignment, dtype)
+    wanted = torch.stack([weight[e] @ row for e, row in zip(assignment.expert_of_row.tolist(), rows, strict=True)])
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, wanted, rtol=tolerance, atol=3 * tolerance)
+    for found, true in zip(*(torch.autograd.grad(y, (rows, weight), upstream) for y in (got, wanted)), strict=True):
+        assert found.dtype == torch.float32
+        assert (found - true).norm() < tolerance * true.norm()
 
 
 def test_no_rows_at_all() -> None:

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.opening import WAYS
+from tests.opening import WAYS, logits
 from tests.packed import save_every_format
+from transformers import AutoModelForCausalLM
 
 from moebius.checkpoint.manifest import write_manifest
 from moebius.formats.base import FORMATS
@@ -283,3 +284,13 @@ def test_modules_that_are_no_modules(packed: Path, what: str) -> None:
 
 def test_the_original_opens_in_every_way(original: Path) -> None:
     assert {way: opened(original) for way, opened in WAYS.items()} == dict.fromkeys(WAYS, "")
+
+
+def test_tensors_at_odd_places_are_read_as_they_are(original: Path, packed: Path) -> None:
+    for file in packed.glob("*.safetensors"):
+        content = file.read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        file.write_bytes((length + 1).to_bytes(8, "little") + content[8 : 8 + length] + b" " + content[8 + length :])
+    model = AutoModelForCausalLM.from_pretrained(packed)
+    assert [name for name, t in model.state_dict().items() if t.data_ptr() % t.element_size()] == []
+    assert torch.equal(logits(packed), logits(original))

@@ -62,7 +62,7 @@ def of_every_format(batch: int, rows: int, columns: int) -> list[Packed]:
     if not rows * columns:
         found += [
             Codebook(*shape, 4, 4),
-            Codebook(*shape, 4, 4, 2, True),
+            Codebook(*shape, 4, 4, min(2, shape[2]), True),
             Dense(*shape),
             Graded(*shape, "input", f"8:{rows}" if rows else ""),
             Graded(*shape, "output", f"8:{columns}" if columns else ""),

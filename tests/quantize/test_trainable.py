@@ -14,6 +14,9 @@ from moebius.types import ProjectionStats
 EXPERTS, OUTPUTS, INPUTS = 4, 20, 24
 
 
+WEIGHT = torch.randn(EXPERTS, OUTPUTS, INPUTS, generator=torch.Generator().manual_seed(3))
+
+
 def packed(projection: str, bits: float = 2.5) -> PackedProjection:
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(EXPERTS, OUTPUTS, INPUTS, generator=generator)
@@ -63,4 +66,39 @@ def test_gradients_pass_straight_through_the_codes(projection: str) -> None:
         assert torch.allclose(got, (matrices(trainable) * probe).sum(), rtol=1e-3)
     assert trainable.directions.grad is not None
     inner = (trainable.directions.grad * trainable.basis()).sum()
+    assert torch.allclose(inner, (matrices(trainable) * probe).sum(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("bits", [1.0, 2.5])
+@pytest.mark.parametrize("projection", ["gate_up", "down"])
+def test_signs_begin_where_they_are_stored(projection: str, bits: float) -> None:
+    before = packed(projection, bits)
+    again = TrainableProjection(before, WEIGHT).packed()
+    assert torch.equal(again.factor.tensors()["signs"], before.factor.tensors()["signs"])
+
+
+@pytest.mark.parametrize("projection", ["gate_up", "down"])
+def test_signs_that_were_trained_are_what_is_stored(projection: str) -> None:
+    before = packed(projection)
+    trainable = TrainableProjection(before, WEIGHT)
+    assert trainable.values is not None
+    with torch.no_grad():
+        trainable.values += torch.randn(trainable.values.shape, generator=torch.Generator().manual_seed(5))
+    after = trainable.packed()
+    assert torch.allclose(after.unpack(), matrices(trainable), atol=1e-4)
+    assert after.stored_bits() == before.stored_bits() and after.spec() == before.spec()
+    different = after.factor.tensors()["signs"] != before.factor.tensors()["signs"]
+    assert 0.1 < different.float().mean() < 1
+    after.check("here")
+
+
+@pytest.mark.parametrize("projection", ["gate_up", "down"])
+def test_gradients_reach_what_signs_are_of(projection: str) -> None:
+    trainable = TrainableProjection(packed(projection), WEIGHT)
+    assert trainable.values is not None
+    probe = torch.randn(EXPERTS, OUTPUTS, INPUTS, generator=torch.Generator().manual_seed(9))
+    (matrices(trainable) * probe).sum().backward()
+    assert trainable.values.grad is not None
+    levels = trainable.levels.mT if trainable.before_factor else trainable.levels
+    inner = (trainable.values.grad * levels).sum()  # a matrix is linear in its levels: Euler's theorem
     assert torch.allclose(inner, (matrices(trainable) * probe).sum(), rtol=1e-3)

@@ -52,6 +52,32 @@ class KeptTensors(Mapping[str, Tensor]):
         return len(self._names)
 
 
+#: Packed modules of a layer by their paths, and its entry.
+KeptLayer = tuple[dict[str, PackedProjection | Packed], Any]
+
+
+class _KeptLayers(Mapping[str, KeptLayer]):
+    """Layers by name, read from their records and files."""
+
+    def __init__(self, parts: Mapping[str, tuple[dict[str, Any], Path]]) -> None:
+        self._parts = parts
+
+    def __getitem__(self, name: str) -> KeptLayer:
+        record, path = self._parts[name]
+        stored = KeptTensors(path)
+        packed: dict[str, PackedProjection | Packed] = {}
+        for module, spec in record["modules"].items():
+            own = {key.removeprefix(f"{module}."): stored[key] for key in stored if key.startswith(f"{module}.")}
+            packed[module] = module_from_tensors(spec, own)
+        return packed, record["entry"]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+
 class CheckpointWriter:
     """Writes a packed checkpoint to ``out``; a context that lets go of its work folder.
 
@@ -152,26 +178,24 @@ class CheckpointWriter:
         path = self.work.kept(name)
         return None if path is None else KeptTensors(path)
 
-    def keep_layer(self, name: str, packed: Mapping[str, PackedProjection | Packed], entry: Any = None) -> None:
+    def keep_layer(
+        self, name: str, packed: Mapping[str, PackedProjection | Packed], entry: Any = None, *, stage: str = "packed"
+    ) -> None:
         """Remember a layer that is packed but will be packed again, as :meth:`write_layer` would write it.
+
+        Args:
+            name, packed, entry: as of :meth:`write_layer`.
+            stage: what was done to it; each is remembered on its own.
 
         Raises:
             OutputError: the disk is full or not writable.
         """
         with self._writing():
-            self.work.keep(f"packed-{name}", _sources(packed), _record(name, packed, entry))
+            self.work.keep(f"{stage}-{name}", _sources(packed), _record(name, packed, entry))
 
-    def kept_layers(self) -> dict[str, tuple[dict[str, PackedProjection | Packed], Any]]:
-        """Packed modules and entry of every layer that :meth:`keep_layer` was given."""
-        layers = {}
-        for record, path in self.work.kept_parts("packed-"):
-            stored = KeptTensors(path)
-            packed: dict[str, PackedProjection | Packed] = {}
-            for module, spec in record["modules"].items():
-                own = {name.removeprefix(f"{module}."): t for name, t in stored.items() if name.startswith(f"{module}.")}
-                packed[module] = module_from_tensors(spec, own)
-            layers[record["name"]] = packed, record["entry"]
-        return layers
+    def kept_layers(self, stage: str = "packed") -> Mapping[str, KeptLayer]:
+        """Packed modules and entry of every layer that :meth:`keep_layer` was given, each read when it is asked for."""
+        return _KeptLayers({record["name"]: (record, path) for record, path in self.work.kept_parts(f"{stage}-")})
 
     def copy_rest(self, checkpoint: SourceCheckpoint, exclude: Collection[str]) -> None:
         """Copy all other tensors bit for bit under their own names, a few megabytes in memory at a time.

@@ -21,6 +21,8 @@ moebius compare --preset demo --samples 3 --out demo
 
 moebius compare --preset ablation
 
+moebius compare ./model --add --out demo --recipe awq@2
+
 moebius compare ./model --recipe "mobie gain=true" --recipe "rtn@1 gain=true" --calibration wikitext2 --text wikitext2
 
 [bold]Presets[/bold]
@@ -29,7 +31,7 @@ demo: rtn at 1 bit, gptq at 2 bit, mobie, mobie with gain, moebius at 1 bit
 
 ablation: mobie with and without CEJD, GLAS and NGES, the six combinations of the paper's Table 4
 
-plug-and-play: GLAS and NGES on billm and arb, IDRE and BCOS on gptvq
+plug-and-play: GLAS and NGES on billm and arb, IDRE and BCOS on gptvq and vptq
 
 shared-bits, lambda: the shared factor of mobie at 16, 8 and 4 bit; its null-space pull from 0.1 to 0.9
 
@@ -63,6 +65,7 @@ def compare(
     text_windows: Annotated[int, typer.Option(min=1, help="Windows of held-out tokens.")] = 64,
     samples: Annotated[int, typer.Option(min=0, max=3, help="Completions per model.")] = 0,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")] = Path("moebius-comparison"),
+    add: Annotated[bool, typer.Option("--add", help="Put the recipes into the finished comparison in --out.")] = False,
     device: Device = "cpu",
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -70,13 +73,14 @@ def compare(
     """Quantize a model with several recipes and set the results against each other and the original.
 
     Every row is measured on the packed checkpoint as transformers loads it, on held-out windows. The output folder gets
-    results.json, comparison.md, comparison.png and the packed checkpoints.
+    results.json, comparison.md, comparison.png and the packed checkpoints; until all is done they grow, row by row, in a hidden
+    folder beside it. Every recipe is checked against the model before the first is quantized.
     """
     settings = calibration_from(calibration, windows, window_length, seed)
     candidates = chosen_recipes(recipe or [], preset, settings)
     held_out = calibration_from(text, text_windows, window_length, seed, split="held-out")
     source = str(path_or_hub_name(model))
-    out = require_free(out)
+    out = out.expanduser() if add else require_free(out)
 
     from moebius.compare.results import Comparison, has_figures
     from moebius.compare.run import compare_models
@@ -90,7 +94,7 @@ def compare(
     comparison = Comparison(display_name(model), source, candidates, settings, held_out, PROMPTS[:samples], device, matched)
     keep_freed_memory(WHILE_QUANTIZING)
     with progress_bars(hidden=quiet) as progress:
-        result = compare_models(comparison, out, progress)
+        result = compare_models(comparison, out, progress, add=add)
     if as_json:
         print_json(result.to_dict())
         return

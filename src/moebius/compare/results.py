@@ -14,6 +14,8 @@ from moebius.recipe import CalibrationSettings, Recipe
 from moebius.report.comparison import ComparisonRow, comparison_table, samples_markdown, verdict
 from moebius.report.tables import TextTable
 
+RESULTS_NAME = "results.json"
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -28,6 +30,7 @@ class Comparison:
         prompts: what every model continues.
         device: where to compute.
         matched: what ``moebius`` looks at to be set beside every recipe at as many stored bits; None leaves it out.
+        finished: rows that an earlier comparison has measured; their recipes are among the candidates.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Comparison:
     prompts: tuple[str, ...]
     device: str
     matched: CalibrationSettings | None = None
+    finished: tuple[ComparisonRow, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """What the rows depend on, ready for JSON; not the source, which may be a path of this machine."""
@@ -60,11 +64,13 @@ class ComparisonResult:
         folder: the packed checkpoints, results.json, comparison.md and, where matplotlib is installed, comparison.png.
         comparison: what was compared, with the recipes that were set beside others.
         rows: the original's first.
+        fingerprint: of the original's files.
     """
 
     folder: Path
     comparison: Comparison
     rows: tuple[ComparisonRow, ...]
+    fingerprint: str
 
     def table(self) -> TextTable:
         """All rows, and a note on what they were measured on."""
@@ -94,18 +100,29 @@ class ComparisonResult:
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
         rows = [{**row.to_dict(), "folder": None if row.recipe is None else folder_name(row.label)} for row in self.rows]
-        return {"model": self.comparison.name, **self.comparison.to_dict(), "rows": rows}
+        return {"model": self.comparison.name, "model_sha256": self.fingerprint, **self.comparison.to_dict(), "rows": rows}
 
     def write(self, folder: Path) -> None:
         """results.json, comparison.md and, where matplotlib is installed, comparison.png."""
-        (folder / "results.json").write_text(json.dumps(self.to_dict(), indent=1) + "\n")
-        prompts, table = self.comparison.prompts, self.table()
-        samples = f"\n{samples_markdown(self.rows, prompts)}" if prompts else ""
-        (folder / "comparison.md").write_text(f"{table.markdown()}\n{table.note}\n{samples}")
+        self.write_table(folder)
         if has_figures():
             from moebius.report.figures import comparison_figure
 
             comparison_figure(self.rows, folder / "comparison.png")
+
+    def write_table(self, folder: Path) -> None:
+        """results.json and comparison.md; readers find them as they were before a row or after it, never half written."""
+        prompts, table = self.comparison.prompts, self.table()
+        samples = f"\n{samples_markdown(self.rows, prompts)}" if prompts else ""
+        contents = {
+            RESULTS_NAME: json.dumps(self.to_dict(), indent=1) + "\n",
+            "comparison.md": f"{table.markdown()}\n{table.note}\n{samples}",
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            draft = folder / f"{name}.tmp"
+            draft.write_text(content)
+            draft.replace(folder / name)
 
 
 def has_figures() -> bool:

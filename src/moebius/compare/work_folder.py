@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,16 @@ from moebius.report.comparison import ComparisonRow
 class WorkFolder:
     """A hidden folder beside the output that becomes the output when all is done, and remembers finished rows until then.
 
+    Args:
+        out: the folder that appears, or grows, when all is done.
+        settings: what the rows depend on.
+        finished: rows that are in ``out`` already.
+
     Raises:
         OutputError: it holds an unfinished comparison with other settings.
     """
 
-    def __init__(self, out: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, out: Path, settings: dict[str, Any], finished: Sequence[ComparisonRow] = ()) -> None:
         self.out = out = out.absolute()
         self.folder = unfinished.beside(out)
         self._file = self.folder / "unfinished.json"
@@ -32,6 +37,10 @@ class WorkFolder:
                     f"{self.folder}: holds an unfinished comparison with other settings; remove it, or choose another --out"
                 )
             self._state = state
+        self._state["rows"].update({row.label: row.to_dict() for row in finished})
+
+    def __contains__(self, label: str) -> bool:
+        return label in self._state["rows"]
 
     def row(self, label: str, make: Callable[[], ComparisonRow]) -> ComparisonRow:
         """The row that an earlier run finished, or what ``make`` returns."""
@@ -58,7 +67,7 @@ class WorkFolder:
         if not self.out.exists():
             self.folder.rename(self.out)
             return
-        for path in self.folder.iterdir():
+        for path in sorted(self.folder.iterdir(), key=Path.is_file):  # checkpoints before the table that names them
             path.rename(self.out / path.name)
         self.folder.rmdir()
 

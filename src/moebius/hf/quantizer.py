@@ -73,6 +73,7 @@ class MoebiusQuantizer(HfQuantizer):
             _check_no_random_experts(model, stored, self._packed_names | self._beginnings.keys())
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        _align(model)
         for name, tensor in model.state_dict().items():
             # An infinity may be meant outside of what was packed, which is checked by its own numbers: a mask, a bound.
             if name not in self._packed_names and tensor.is_floating_point() and not tensor.is_meta and tensor.isnan().any():
@@ -181,6 +182,15 @@ def pack_modules(model: nn.Module, modules: dict[str, Any]) -> None:
         packed = empty_like_spec(spec)
         _same_shape(path, (packed.batch, packed.rows, packed.columns), (1, rows, columns))
         pack_weight(module, packed)
+
+
+def _align(model: nn.Module) -> None:
+    """Copy tensors that do not start at a multiple of their element: a header of odd length puts them so, and kernels read in
+    whole elements.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not tensor.is_meta and tensor.data_ptr() % tensor.element_size():
+            tensor.data = tensor.data.clone()
 
 
 def _check_room(model: nn.Module, stored: Mapping[str, StoredTensor]) -> None:

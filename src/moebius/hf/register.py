@@ -29,8 +29,8 @@ def register() -> None:
 
 
 def _register() -> None:
-    """With what transformers has imported by now."""
-    if hasattr(sys.modules.get(_TABLES), "register_quantizer"):  # in the middle of its import it has none yet
+    """With what transformers has imported by now; a module in the middle of its import waits for its end."""
+    if all(hasattr(sys.modules.get(_TABLES), name) for name in ("register_quantizer", "register_quantization_config")):
         import moebius.hf.quantizer  # noqa: F401  registers itself; nothing is taken from it, it may be in the middle of its import
     if any(name in sys.modules for name in _ENTRANCES):
         from moebius.hf.one_line import wrap_entrances

@@ -325,11 +325,31 @@ CODES = Option(
     "sign planes behind shared bases, trellis codes without a basis (no kernel yet), or what is expected to lose less",
     ("planes", "trellis", "auto"),
 )
+RECOVER = Option(
+    "recover", False, "train layer after layer, so that each puts out what the original does: less memory than refine"
+)
+RECOVER_STEPS = Option("recover_steps", 48, "steps of that for each layer, of four calibration windows", low=1, high=1_000_000)
+RECOVER_MINUTES = Option("recover_minutes", 0.0, "minutes of that for all layers, if it would take longer; 0: no limit", low=0)
+RECOVER_SIGNS = Option("recover_signs", True, "train signs there too, not scales and bases alone")
 REFINE = Option("refine", False, "train scales and bases afterwards, so that the logits become the original's")
 REFINE_STEPS = Option("refine_steps", 200, "steps of that, of four calibration windows each", low=1, high=1_000_000)
 _CONDITIONING = tuple(dataclasses.replace(o, default=True) if o is GAIN else o for o in CONDITIONING)
 OPTIONS = MethodOptions(
-    (PLANES, SCALE_BITS, SWEEPS, LOSS_WEIGHTED, CODES, REFINE, REFINE_STEPS, BLOCK_SIZE, *_CONDITIONING),
+    (
+        PLANES,
+        SCALE_BITS,
+        SWEEPS,
+        LOSS_WEIGHTED,
+        CODES,
+        RECOVER,
+        RECOVER_STEPS,
+        RECOVER_MINUTES,
+        RECOVER_SIGNS,
+        REFINE,
+        REFINE_STEPS,
+        BLOCK_SIZE,
+        *_CONDITIONING,
+    ),
     default_bits=1,
     low=0.3,
     high=4,

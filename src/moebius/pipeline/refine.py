@@ -7,27 +7,21 @@ everything outside the experts stay as they are, so the checkpoint has the same 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moebius.calibrate.grouped import Assignment, grouped_linear
 from moebius.calibrate.layerwise import LayerRunner, calibrating, computing_device, in_float32, replaced_forwards
-from moebius.calibrate.observe import Product, observed_forward
 from moebius.calibrate.stream import Resident
 from moebius.errors import CalibrationError
 from moebius.formats.projection import PackedProjection
+from moebius.pipeline.student import Order, Student, Training, product_dtype
 from moebius.progress import Progress
-from moebius.quantize.trainable import TrainableCodes, TrainableProjection, trainable
-from moebius.types import PROJECTIONS, MoeLayer, MoeModel
+from moebius.types import MoeModel
 
 _BATCH = 4  # windows per step
-_WARM_UP = 10  # steps
-_RATE = 1e-2  # change of a logarithm, or of an entry of a basis relative to its size, per step
-_BETAS = (0.9, 0.99)
 
 #: By name of the layer, both projections.
 PackedLayers = Mapping[str, Mapping[str, PackedProjection]]
@@ -66,17 +60,18 @@ def refine(
     Raises:
         CalibrationError: the loss is not finite.
     """
-    student = {name: {p: trainable(packed[p]) for p in PROJECTIONS} for name, packed in layers.items()}
-    windows = windows.to(computing_device(moe))
+    device = computing_device(moe)
+    windows = windows.to(device)
+    students = [Student(layer, layers[layer.name], dtype=product_dtype(device)) for layer in moe.moe_layers]
     with calibrating(moe), ExitStack() as stack:
         wanted = _last_states(moe, windows, resident)
         experts = nn.ModuleList(layer.experts for layer in moe.moe_layers)
-        forwards = {layer.experts: _forward(layer, student[layer.name]) for layer in moe.moe_layers}
+        forwards = {student.layer.experts: student.forward for student in students}
         for index in range(len(moe.decoder)):
             stack.enter_context(rest(index))
         with in_float32(moe.decoder, without=experts), replaced_forwards(forwards):
-            losses = _train(moe, student, windows, wanted, steps, seed, progress)
-    return {name: {p: trained.packed() for p, trained in pair.items()} for name, pair in student.items()}, losses
+            losses = _train(moe, students, windows, wanted, steps, seed, progress)
+    return {student.layer.name: student.packed() for student in students}, losses
 
 
 @torch.no_grad()
@@ -93,36 +88,27 @@ def _last_states(moe: MoeModel, windows: Tensor, resident: Resident) -> Tensor:
 @torch.enable_grad()
 def _train(
     moe: MoeModel,
-    student: Mapping[str, Mapping[str, TrainableProjection | TrainableCodes]],
+    students: Sequence[Student],
     windows: Tensor,
     wanted: Tensor,
     steps: int,
     seed: int,
     progress: Progress,
 ) -> list[float]:
-    """Adam with a short warm-up, then down along a cosine."""
-    trained = [projection for pair in student.values() for projection in pair.values()]
-    # Directions have unit length: their entries are of size 1/sqrt(length).
-    groups = [{"params": [t.log_directions, t.log_entries], "scale": _RATE} for t in trained]
-    bases = [t for t in trained if isinstance(t, TrainableProjection)]
-    groups += [{"params": [t.directions], "scale": _RATE / math.sqrt(t.directions.shape[1])} for t in bases]
-    optimizer = torch.optim.Adam(groups, betas=_BETAS)
-    runner, generator = LayerRunner(moe), torch.Generator().manual_seed(seed)
+    """The loss before each step."""
+    training, order = Training(students), Order(len(windows), _BATCH, seed)
+    runner = LayerRunner(moe)
     losses: list[float] = []
-    waiting: list[int] = []
     progress.stage("refining", steps)
+    low = students[0].dtype
     for step in range(steps):
-        if len(waiting) < min(_BATCH, len(windows)):
-            waiting = torch.randperm(len(windows), generator=generator).tolist()
-        picked, waiting = waiting[:_BATCH], waiting[_BATCH:]
-        pace = min(1.0, (step + 1) / _WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
-        for group in optimizer.param_groups:
-            group["lr"] = group["scale"] * pace
-        optimizer.zero_grad()
-        losses.append(_backward(moe, runner, windows[picked], wanted[picked]))
+        picked = order.pick()
+        training.begin()
+        with torch.autocast(windows.device.type, low, enabled=low != torch.float32):
+            losses.append(_backward(moe, runner, windows[picked], wanted[picked]))
         if not math.isfinite(losses[-1]):
             raise CalibrationError(f"refine: got a divergence of {losses[-1]} at step {step + 1}, wanted a finite number")
-        optimizer.step()
+        training.step(step, step / steps)
         progress.advance(f"{losses[-1]:.4f} nats")
     return losses
 
@@ -149,30 +135,3 @@ def _backward(moe: MoeModel, runner: LayerRunner, ids: Tensor, wanted: Tensor) -
         at_states += torch.autograd.grad(divergence, state)
     states.backward(torch.cat(at_states))
     return total
-
-
-def _forward(layer: MoeLayer, projections: Mapping[str, TrainableProjection | TrainableCodes]) -> Any:
-    """The forward of an experts module that computes with the trained projections in place of its matrices."""
-
-    def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        products = {name: _product(projections[name]) for name in PROJECTIONS}
-        return observed_forward(layer.experts, layer.layout, hidden_states, top_k_index, top_k_weights, products)[0]
-
-    return forward
-
-
-def _product(projection: TrainableProjection | TrainableCodes) -> Product:
-    """Scales meet the rows, not the matrices: the gradient of a scale then needs no gradient of a matrix."""
-
-    def product(rows: Tensor, assignment: Assignment) -> Tensor:
-        # A product with zeros and ones and not a pick: the gradient of a pick adds up in an order that is left open.
-        chosen = nn.functional.one_hot(assignment.expert_of_row, len(assignment.counts)).float()  # (rows, experts)
-        directions, entries = (chosen @ scales for scales in projection.scales())
-        basis = projection.basis()
-        if basis is None:
-            return grouped_linear(rows * directions, projection.levels, assignment) * entries
-        if projection.before_factor:
-            return grouped_linear((rows @ basis.mT) * directions, projection.levels, assignment) * entries
-        return (grouped_linear(rows * entries, projection.levels, assignment) * directions) @ basis
-
-    return product

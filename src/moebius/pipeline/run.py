@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -34,8 +35,10 @@ from moebius.methods.router import quantize_router
 from moebius.models.layout import read_weights
 from moebius.models.limits import check_tokens, tell_of_positions
 from moebius.models.load import check_coverage
+from moebius.pipeline.blockwise import Budget, recover
 from moebius.pipeline.refine import refine
 from moebius.pipeline.source import StreamedModel, open_model
+from moebius.pipeline.student import Pair
 from moebius.progress import Progress, Silent
 from moebius.recipe import CalibrationSettings, Recipe
 from moebius.types import PROJECTIONS, CalibrationNeeds, ExpertWeights, LayerStats, MoeLayer, MoeModel
@@ -122,7 +125,7 @@ def _pack(
     if job.method.survey is not None and windows is not None:
         job.survey(windows, writer, progress)
         clock.lap("survey")
-    if not (job.refines and windows is not None):
+    if windows is None or not (job.recovers or job.refines):
         for name, packed, entry in job.packed_layers(windows, writer.entries(), writer.work.scratch, progress):
             writer.write_layer(name, packed, entry)
         clock.lap("calibrate and quantize")
@@ -130,9 +133,17 @@ def _pack(
     for name, packed, entry in job.packed_layers(windows, writer.kept_layers(), writer.work.scratch, progress):
         writer.keep_layer(name, packed, entry)
     clock.lap("calibrate and quantize")
-    refined = {"refine": job.refine(windows, seed, writer, progress)}
-    clock.lap("refine")
-    return refined
+    found: dict[str, Any] = {}
+    stage = "packed"
+    if job.recovers:
+        found["recover"], stage = job.recover(windows, seed, writer, progress), "recovered"
+        clock.lap("recover")
+    if job.refines:
+        found["refine"] = job.refine(windows, seed, writer, progress, stage)
+        clock.lap("refine")
+    else:
+        job.write_kept(writer, stage)
+    return found
 
 
 def check_recipe(source: str | Path, recipe: Recipe, calibration: CalibrationSettings, device: str = "cpu") -> None:
@@ -187,7 +198,9 @@ class _Job:
         self.method: Method = METHODS[recipe.method]
         self.binary_router = recipe.router == "binary"
         self.needs = self.method.needs(recipe) | CalibrationNeeds(router_moment=self.binary_router)
+        self.recovers: bool = dict(recipe.options).get("recover", False)
         self.refines: bool = dict(recipe.options).get("refine", False)
+        self._paths = {layer.name: _parameter_paths(layer) for layer in self.moe.moe_layers}
         self._shares: dict[tuple[str, str], dict[str, Any]] = {}
         self._planned: dict[tuple[tuple[int, int, int], str], int] = {}
 
@@ -279,20 +292,47 @@ class _Job:
                 packed = quantize_linear(weight, bits)
                 yield name, {name: packed}, {"name": name, "bits": packed.stored_bits() / weight.numel()}
 
-    def refine(self, windows: Tensor, seed: int, writer: CheckpointWriter, progress: Progress) -> dict[str, Any]:
+    def recover(self, windows: Tensor, seed: int, writer: CheckpointWriter, progress: Progress) -> dict[str, Any]:
+        """Train the layers that were kept one after the other, and keep what they became; goes on after those that were.
+
+        Returns:
+            For the report: by layer, the error of its decoder layer before and after, see :class:`Recovered`.
+        """
+        packed, finished = writer.kept_layers(), writer.kept_layers("recovered")
+        kept = {name: (self._pair(name, modules), entry) for name, (modules, entry) in finished.items()}
+
+        def begin(name: str) -> tuple[Pair, Tensor | None]:
+            seen = writer.kept(f"{name}.down")
+            return self._pair(name, packed[name][0]), seen["metric"] if seen is not None and "metric" in seen else None
+
+        steps, minutes = self.recipe.recover_steps, self.recipe.recover_minutes
+        budget = Budget(steps, 60 * minutes / len(self.moe.moe_layers) if minutes else math.inf)
+        for layer in recover(
+            self.moe,
+            windows,
+            begin,
+            finished={name: pair for name, (pair, _) in kept.items()},
+            budget=budget,
+            signs=self.recipe.recover_signs,
+            seed=seed,
+            work=self._work(windows, False, writer.work.scratch),
+            resident=self.source.weights.layer,
+            progress=progress,
+        ):
+            modules, entry = packed[layer.name]
+            again = {self._paths[layer.name][p]: projection for p, projection in layer.packed.items()}
+            errors = [float(f"{error:.6g}") for error in layer.errors]
+            writer.keep_layer(layer.name, {**modules, **again}, {**entry, "recover": errors}, stage="recovered")
+        return {name: entry["recover"] for name, (_, entry) in writer.kept_layers("recovered").items()}
+
+    def refine(self, windows: Tensor, seed: int, writer: CheckpointWriter, progress: Progress, stage: str) -> dict[str, Any]:
         """Train what is continuous in the layers that were kept, and write them; from the start again if it was stopped.
 
         Returns:
             For the report: how far the logits are from the original's, in nats per token, over each tenth of the steps.
         """
-        kept = writer.kept_layers()
-        paths = {layer.name: _parameter_paths(layer) for layer in self.moe.moe_layers}
-        layers: dict[str, dict[str, PackedProjection]] = {}
-        for name, of_projection in paths.items():
-            packed = kept[name][0]
-            layers[name] = {
-                p: found for p, path in of_projection.items() if isinstance(found := packed[path], PackedProjection)
-            }
+        kept = writer.kept_layers(stage)
+        layers = {name: self._pair(name, kept[name][0]) for name in self._paths}
         refined, losses = refine(
             self.moe,
             layers,
@@ -303,11 +343,23 @@ class _Job:
             resident=self.source.weights.layer,
             rest=partial(self.source.weights.layer, without=self.expert_parameters()),
         )
-        for name, (modules, entry) in kept.items():
-            again = {paths[name][p]: projection for p, projection in refined.get(name, {}).items()}
-            writer.write_layer(name, {**modules, **again}, entry)
+        again = {name: {self._paths[name][p]: found for p, found in pair.items()} for name, pair in refined.items()}
+        self.write_kept(writer, stage, again)
         tenths = torch.tensor(losses, dtype=torch.float64).chunk(10)
         return {"nats_per_token": [round(float(tenth.mean()), 6) for tenth in tenths]}
+
+    def write_kept(
+        self, writer: CheckpointWriter, stage: str, again: Mapping[str, Mapping[str, PackedProjection]] | None = None
+    ) -> None:
+        """Write everything that was packed, layers as they are after a stage, with the modules in ``again`` in their places."""
+        layers = writer.kept_layers(stage)
+        for name, (modules, entry) in writer.kept_layers().items():
+            modules, entry = layers.get(name, (modules, entry))
+            writer.write_layer(name, {**modules, **(again or {}).get(name, {})}, entry)
+
+    def _pair(self, name: str, modules: Mapping[str, PackedProjection | Packed]) -> dict[str, PackedProjection]:
+        """Both projections of a layer, of its packed modules."""
+        return {p: found for p, path in self._paths[name].items() if isinstance(found := modules[path], PackedProjection)}
 
     def _work(self, windows: Tensor, gradients: bool, scratch: Path) -> Path | None:
         """Where hidden states go: into memory, or into a folder where they are too many for that."""
@@ -334,7 +386,7 @@ class _Job:
         self, layer: MoeLayer, stats: LayerStats | None
     ) -> tuple[dict[str, PackedProjection | Packed], dict[str, Any]]:
         weights = read_weights(layer.name, layer.experts)
-        paths = _parameter_paths(layer)
+        paths = self._paths[layer.name]
         packed: dict[str, PackedProjection | Packed] = {}
         for projection in PROJECTIONS:
             weight, seen = weights.projection(projection), None if stats is None else stats.projection(projection)

@@ -46,7 +46,7 @@ class PlaneLevels:
 
     def positive(self) -> Tensor:
         """The signs, plane by plane: whether they are +1. bool (experts, planes, directions, entries)"""
-        amplitudes, rest = _amplitudes(self.counts), self.levels.clone()
+        amplitudes, rest = plane_amplitudes(self.counts), self.levels.clone()
         planes = []
         for plane in range(int(self.counts.max()) if self.counts.numel() else 0):
             planes.append(rest >= 0)
@@ -120,7 +120,7 @@ def over_directions(
         block_size: directions whose errors are pushed on together: a matter of speed.
     """
     of_direction, of_entry = deviations(target, counts > 0)
-    amplitudes = _amplitudes(counts).unsqueeze(2)  # of a direction, for all of its entries
+    amplitudes = plane_amplitudes(counts).unsqueeze(2)  # of a direction, for all of its entries
     most = counts.amax(0).tolist()  # planes that any expert has there
     steps = _Steps(target, hessian, of_direction, of_entry, lambda direction: amplitudes[:, direction, :, : most[direction]])
     steps.visit(weights, sweeps, block_size)
@@ -141,7 +141,7 @@ def over_entries(target: Tensor, moments: Tensor, counts: Tensor, *, sweeps: int
     moments = torch.stack([moment[mine][:, mine] for moment, mine in zip(moments, order, strict=True)])
     target = torch.stack([some.mT[mine] for some, mine in zip(target, order, strict=True)])  # (experts, entries, directions)
     of_direction, of_entry = deviations(target.mT, counts > 0)
-    amplitudes = _amplitudes(counts)  # of all directions, whatever the entry
+    amplitudes = plane_amplitudes(counts)  # of all directions, whatever the entry
     steps = _Steps(target, moments, of_entry, of_direction, lambda entry: amplitudes)
     steps.visit(feedback_weights(moments), sweeps, block_size)
     back = order.argsort(1)
@@ -182,7 +182,7 @@ def _fit(values: Tensor, shape: Tensor) -> Tensor:
     return ((values * shape).sum(1) / shape.square().sum(1).clamp_min(_TINY)).clamp_min(0)
 
 
-def _amplitudes(counts: Tensor) -> Tensor:
+def plane_amplitudes(counts: Tensor) -> Tensor:
     """Amplitudes of every plane, zero beyond those there are. (..., planes)"""
     rows = [(0.0,) * MOST_PLANES, *(a + (0.0,) * (MOST_PLANES - len(a)) for a in AMPLITUDES.values())]
     most = int(counts.max()) if counts.numel() else 0
