@@ -78,9 +78,10 @@ def plan_tables(name: str, method: str, plan: Plan) -> list[TextTable]:
     )
     memory = plan.memory
     memory_rows = (
-        ("all the time: model, in the dtype of its checkpoint", bytes_text(memory.model)),
+        ("all the time: weights of one layer and what is outside of the layers", bytes_text(memory.model)),
         ("all the time: hidden states of the calibration tokens", bytes_text(memory.hidden_states)),
         ("at the loss: logits of one window", bytes_text(memory.logits)),
+        ("at the loss: the head in float32", bytes_text(memory.head)),
         ("per layer: its weights in float32", bytes_text(memory.layer)),
         ("per layer: activations of one batch", bytes_text(memory.activations)),
         ("per layer: statistics", bytes_text(memory.statistics)),

@@ -40,13 +40,15 @@ class PeakMemory:
     """Bytes that a run holds, as far as shapes tell. The interpreter, its libraries and the allocator's gaps come on top.
 
     Attributes:
-        model: all weights in the dtype of the checkpoint.
+        model: one decoder layer, the largest, in the dtype of the checkpoint, and what is outside of the layers; not the
+            embeddings, whose rows are read, and not the head.
         hidden_states: of all calibration tokens, at every layer boundary if gradients are taken; none where they go to disk.
         layer: one decoder layer, the largest, in float32.
         activations: what the experts of that layer hold while one batch of windows goes through.
         statistics: sums of one MoE layer, the largest (second moments, GLAS Hessians, Fisher diagonals).
         workspace: copies of weights and Hessians while one projection is quantized.
         logits: of one window at the loss, with its gradients.
+        head: in float32, at the loss.
     """
 
     model: int
@@ -56,13 +58,14 @@ class PeakMemory:
     statistics: int
     workspace: int
     logits: int
+    head: int
 
     @property
     def total(self) -> int:
         """The peak: model and hidden states all the time, and the most demanding of loss, calibration and quantization."""
         calibrating = self.layer + self.activations + self.statistics
         quantizing = self.statistics + self.workspace
-        return self.model + self.hidden_states + max(self.logits, calibrating, quantizing)
+        return self.model + self.hidden_states + max(self.logits + self.head, calibrating, quantizing)
 
 
 @dataclass(frozen=True)
@@ -247,7 +250,7 @@ def _peak_memory(moe: MoeModel, recipe: Recipe, calibration: CalibrationSettings
     widths = max(sum(outputs + inputs for _, outputs, inputs in layer) for layer in shapes)
     states = states_bytes(moe, tokens, gradients=gradients) if looks else 0
     return PeakMemory(
-        model=sum(p.numel() * p.element_size() for p in moe.model.parameters()),
+        model=_resident(moe),
         hidden_states=states if states <= STATES_IN_MEMORY else 0,  # they go to disk
         layer=_FLOAT32 * max(sum(p.numel() for p in layer.parameters()) for layer in moe.decoder) if looks else 0,
         activations=_FLOAT32 * rows * widths * (2 if gradients else 1) if looks else 0,
@@ -256,7 +259,16 @@ def _peak_memory(moe: MoeModel, recipe: Recipe, calibration: CalibrationSettings
         else 0,
         workspace=max(_workspace(shape, looks) for layer in shapes for shape in layer),
         logits=3 * _FLOAT32 * calibration.window_length * config.vocab_size if gradients else 0,
+        head=_FLOAT32 * config.hidden_size * config.vocab_size if gradients else 0,
     )
+
+
+def _resident(moe: MoeModel) -> int:
+    """Bytes of the weights that are there at once, see :class:`moebius.checkpoint.streamed.StreamedWeights`."""
+    layer = max(sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in moe.decoder)
+    read = {id(p) for part in (*moe.decoder, moe.model.get_output_embeddings()) if part is not None for p in part.parameters()}
+    read |= {id(module.weight) for module in moe.model.modules() if isinstance(module, nn.Embedding)}
+    return layer + sum(p.numel() * p.element_size() for p in moe.model.parameters() if id(p) not in read)
 
 
 def _workspace(shape: tuple[int, int, int], hessians: bool) -> int:
