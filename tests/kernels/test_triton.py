@@ -243,7 +243,7 @@ def case(generator: Generator) -> Case:
         (2, 63, 65, 31, torch.float32),
         (1, 1000, 31, 63, torch.float32),
         (1, 63, 1000, 31, torch.float32),
-        (1, 31, 3, 120, torch.float32),
+        (1, 31, 3, 1000, torch.float32),
         (3, 31, 65, 63, torch.bfloat16),
         (2, 65, 63, 31, torch.float16),
     ],

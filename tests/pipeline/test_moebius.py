@@ -172,7 +172,7 @@ def test_other_architectures_can_be_refined(architecture: str, tmp_path: Path, m
         assert types(moe) == before and torch.bfloat16 in before
         return result
 
-    monkeypatch.setattr("moebius.pipeline.run.refine", watched)
+    monkeypatch.setattr("moebius.pipeline.job.refine", watched)
     save_tiny(architecture, tmp_path / "source")
     recipe = Recipe.make("moebius", 2, refine=True, refine_steps=12)
     report = quantize_model(tmp_path / "source", tmp_path / "packed", recipe, CALIBRATION)

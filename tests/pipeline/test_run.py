@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 import moebius
 from moebius.calibrate import states
 from moebius.errors import CoverageError, OutputError
-from moebius.pipeline import quantize_model, run
+from moebius.pipeline import job, quantize_model, run
+from moebius.pipeline.source import StreamedModel
 from moebius.progress import Silent
 from moebius.recipe import CalibrationSettings, Recipe
 
@@ -152,7 +153,7 @@ def test_the_coverage_gate_stops_a_run_that_forgets_a_layer(
 ) -> None:
     open_model = run.open_model
 
-    def forgets_the_last(checkpoint: run.SourceCheckpoint, device: str) -> run.StreamedModel:
+    def forgets_the_last(checkpoint: run.SourceCheckpoint, device: str) -> StreamedModel:
         opened = open_model(checkpoint, device)
         return replace(opened, moe=replace(opened.moe, moe_layers=opened.moe.moe_layers[:-1]))
 
@@ -200,7 +201,7 @@ def test_hidden_states_that_are_too_many_go_to_disk(olmoe: Path, tmp_path: Path,
     quantize(olmoe, tmp_path / "memory")
     saved: list[Path] = []
     save = states.np.save
-    monkeypatch.setattr(run, "STATES_IN_MEMORY", 1000)
+    monkeypatch.setattr(job, "STATES_IN_MEMORY", 1000)
     monkeypatch.setattr(states.np, "save", lambda file, values: (saved.append(Path(file.name)), save(file, values)))
     quantize(olmoe, tmp_path / "disk")
     assert saved and all(tmp_path in file.parents for file in saved)

@@ -11,6 +11,8 @@ from torch import Tensor
 from moebius.errors import ShapeError
 from moebius.formats.base import DAMAGED, Packed, empty_like_spec, from_tensors
 
+#: A factor whose sides are no longer than this may be larger than the matrices by any factor: it takes no memory to speak of.
+_SMALL = 1024
 _PARTS = ("factor", "left", "right", "bias")
 
 
@@ -92,9 +94,10 @@ class PackedProjection:
                 raise ShapeError(
                     f"{part}: got {got}, wanted {wanted[part]} beside a factor of {factor.rows} x {factor.columns}"
                 )
-        if out < 1 or inputs < 1 or max(factor.rows, factor.columns) > 4 * max(out, inputs):
+        most = max(4 * max(out, inputs), _SMALL)
+        if out < 1 or inputs < 1 or max(factor.rows, factor.columns) > most:
             shape = f"{factor.rows} x {factor.columns}"
-            raise ShapeError(f"factor: got {shape}, wanted at most four times the larger side of matrices of {out} x {inputs}")
+            raise ShapeError(f"factor: got {shape}, wanted sides of at most {most} for matrices of {out} x {inputs}")
 
     def check(self, where: str, advice: str = DAMAGED) -> None:
         """See :meth:`Packed.check`."""
