@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -115,4 +116,26 @@ def test_a_changed_weight_ends_a_step(tmp_path: Path) -> None:
     assert isinstance(step, DirectForward)
     with torch.no_grad():
         model.model.norm.weight.mul_(2)
+    assert not step.holds()
+
+
+def a_wrapped_matrix(layer: Any) -> None:
+    layer.self_attn.q_proj = torch.nn.Linear(*reversed(layer.self_attn.q_proj.weight.shape), bias=False)
+
+
+def another_activation(layer: Any) -> None:
+    layer.mlp.experts.act_fn = torch.nn.Tanh()
+
+
+def a_bias_where_none_was(layer: Any) -> None:
+    layer.self_attn.k_proj.bias = torch.nn.Parameter(torch.ones(len(layer.self_attn.k_proj.weight)))
+
+
+@needs_kernels
+@pytest.mark.parametrize("change", [a_wrapped_matrix, another_activation, a_bias_where_none_was])
+def test_a_replaced_module_ends_a_step(change: Callable[[Any], None], tmp_path: Path) -> None:
+    model = packed("olmoe", tmp_path)
+    step = direct_forward(model)
+    assert isinstance(step, DirectForward) and step.holds()
+    change(model.model.layers[0])
     assert not step.holds()

@@ -7,6 +7,7 @@ next token needs.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -77,11 +78,14 @@ class DirectForward:
         self._layers = [_layer(layer, model.config) for layer in body.layers]
         self._norm, self._epsilon = body.norm.weight.detach().float().contiguous(), float(body.norm.variance_epsilon)
         self._head = _matrix(model.lm_head)
-        self._model, self._watched = model, Watched(model.modules(), _copied(model))
+        self._model, self._modules = model, list(model.modules())
+        self._watched = Watched(self._modules, _copied(model))
 
     def holds(self) -> bool:
-        """Whether no tensor of the model was replaced or written to since, and nobody watches its modules."""
-        return self._watched.unchanged() and _hooked(self._model) is None
+        """Whether no module and no tensor of the model was replaced or written to since, and nobody watches its modules."""
+        now = list(self._model.modules())
+        same = len(now) == len(self._modules) and all(map(operator.is_, now, self._modules))
+        return same and self._watched.unchanged() and _hooked(self._model) is None
 
     def new_cache(self) -> Cache:
         """A cache that holds no token."""

@@ -58,7 +58,7 @@ class Watched:
     def __init__(self, modules: Iterable[nn.Module], copied: Iterable[Tensor] = ()) -> None:
         # This is asked in every layer for every token: dictionaries are faster than walking through modules.
         holders: list[Any] = [holder for m in modules for holder in (m._buffers, m._parameters)]
-        named = [(holder, name, tensor) for holder in holders for name, tensor in holder.items() if tensor is not None]
+        named = [(holder, name, tensor) for holder in holders for name, tensor in holder.items()]
         self._tensors = [(holder, name, tensor, _place(tensor), _version(tensor)) for holder, name, tensor in named]
         self._contents = Contents(copied)
 
@@ -70,15 +70,15 @@ class Watched:
         return self._contents.unchanged()
 
 
-def _place(tensor: Tensor) -> int:
+def _place(tensor: Tensor | None) -> int:
     try:
-        return tensor.data_ptr()
+        return 0 if tensor is None else tensor.data_ptr()
     except RuntimeError:  # of a subclass without memory of its own
         return 0
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def _version(tensor: Tensor | None) -> int:
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
 def move(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
