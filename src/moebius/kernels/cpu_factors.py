@@ -29,6 +29,15 @@ from moebius.kernels.amplitudes import amplitudes
 _scratch = threading.local()
 
 
+def as_stored(tensor: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A stored tensor that is read where it lies, and itself if that had to be a copy.
+
+    The memory that it has now stays, whatever memory the tensor is given later.
+    """
+    held = tensor.detach().contiguous()
+    return held, () if held.data_ptr() == tensor.data_ptr() else (tensor,)
+
+
 class Kernel(ABC):
     """Packed matrices, and what the extension reads of them.
 
@@ -62,10 +71,9 @@ class Kernel(ABC):
         return outputs
 
     def _as_stored(self, tensor: Tensor) -> Tensor:
-        """A stored tensor that is read where it lies. Its memory stays, whatever memory the tensor is given later."""
-        held = tensor.detach().contiguous()
-        if held.data_ptr() != tensor.data_ptr():
-            self.copied += (tensor,)
+        """:func:`as_stored`, with what was copied noted."""
+        held, copied = as_stored(tensor)
+        self.copied += copied
         return held
 
     @abstractmethod
@@ -89,7 +97,7 @@ class _Planes(Kernel):
         self.entry_scales = packed.entry_scales()
         self.copied = tuple(tensor for name, tensor in packed.tensors().items() if name != "signs")
         self.held = packed.widths.contiguous(), self._as_stored(packed.signs), self.entry_scales, packed.direction_scales()
-        self.factor = native.extension().planes(self.input, *self.held, amplitudes())
+        self.factor = native.extension().planes(self.input, *self.held, amplitudes(packed.widths.device))
 
     def dense(self, matrix: int, inputs: Tensor, dtype: torch.dtype) -> Tensor:
         directions = self._unpacked(matrix, *self.shape, dtype)

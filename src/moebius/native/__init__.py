@@ -84,7 +84,7 @@ class Contents:
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         parts = [_bytes_of(tensor) for tensor in tensors if tensor.device.type == "cpu"]
-        self._look: Callable[[], Any] = lambda: [zlib.crc32(part.numpy().tobytes()) for part in parts]
+        self._look: Callable[[], Any] = lambda: [zlib.crc32(part.numpy().data) for part in parts]
         if _extension:
             self._look = _extension.Contents(parts).fingerprint
         self._found = self._look()

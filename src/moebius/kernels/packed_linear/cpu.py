@@ -15,7 +15,7 @@ from torch import Tensor
 from moebius import native
 from moebius.formats import Packed
 from moebius.formats.integers import Integers
-from moebius.kernels.cpu_factors import kernel_of
+from moebius.kernels.cpu_factors import as_stored, kernel_of
 from moebius.kernels.packed_linear.reference import check_call
 
 #: Weights that are unpacked at a time.
@@ -50,16 +50,15 @@ class CpuLinear:
     def __init__(self, weight: Packed) -> None:
         assert isinstance(weight, Integers) and weight.codes is not None and weight.scales is not None
         self.weight, self.rows, self.columns = weight, weight.rows, weight.columns
-        # Whatever memory the tensors are given later, theirs of now stays.
-        self.held = weight.codes.detach().contiguous(), weight.scales.detach().contiguous()
+        (codes, codes_copied), (scales, scales_copied) = as_stored(weight.codes), as_stored(weight.scales)
+        self.held = codes, scales
         # As rows of bytes, for products of many inputs.
         self.bytes = kernel_of(weight) if weight.bits == 8 else None
-        copied = [
-            t for t, held in zip((weight.codes, weight.scales), self.held, strict=True) if t.data_ptr() != held.data_ptr()
-        ]
-        self.copied = (*copied, *(self.bytes.copied if self.bytes is not None else ()))
-        codes, scales = (tensor.squeeze(0) for tensor in self.held)
-        self.linear = native.extension().PackedLinear(weight.columns, weight.bits, _group_size(weight), codes, scales)
+        # The rows of bytes are made from the same two tensors.
+        self.copied = codes_copied + scales_copied if self.bytes is None else self.bytes.copied
+        self.linear = native.extension().PackedLinear(
+            weight.columns, weight.bits, _group_size(weight), codes.squeeze(0), scales.squeeze(0)
+        )
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """(n, in) to (n, out), in the dtype of the inputs."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moebius.errors import KernelError, ShapeError
 from moebius.formats import Packed
-from moebius.kernels.choice import FLOATS
+from moebius.kernels.choice import FLOATS, wants_gradients
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,5 +52,5 @@ def check_call(inputs: Tensor, weight: Packed, *, gradients: bool = False) -> No
     where = next(iter(weight.tensors().values())).device
     if inputs.device != where or inputs.layout != torch.strided:
         raise ShapeError(f"packed linear layer: got {inputs.layout} inputs on {inputs.device}, wanted dense ones on {where}")
-    if not gradients and torch.is_grad_enabled() and inputs.requires_grad:
+    if not gradients and wants_gradients(inputs):
         raise KernelError("packed linear layer: kernels have no gradients; use the reference, or torch.no_grad()")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from moebius.errors import KernelError, ShapeError
 from moebius.formats import PackedProjection
-from moebius.kernels.choice import FLOATS
+from moebius.kernels.choice import FLOATS, wants_gradients
 
 #: What an index may be.
 _INDICES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -84,7 +85,7 @@ class PackedExperts:
         """How many experts there are."""
         return self.gate_up.factor.batch
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         """Where the experts are."""
         return next(iter(self.gate_up.factor.tensors().values())).device
@@ -118,7 +119,7 @@ class PackedExperts:
         if hidden.device != where or top_k_index.device != where or top_k_weights.device != where:
             got = f"{hidden.device}, {top_k_index.device} and {top_k_weights.device}"
             raise ShapeError(f"hidden states, indices and weights of experts: got them on {got}, wanted {where}")
-        if not gradients and torch.is_grad_enabled() and (hidden.requires_grad or top_k_weights.requires_grad):
+        if not gradients and wants_gradients(hidden, top_k_weights):
             raise KernelError("packed experts: kernels have no gradients; use the reference, or torch.no_grad()")
 
     @torch.no_grad()

@@ -162,7 +162,7 @@ def _rows(factor: Graded | Integers) -> _Rows:
 
 def _graded_rows(factor: Graded) -> _Rows:
     assert factor.codes is not None and factor.scale_codes is not None and factor.scale_grid is not None
-    runs = [(int(grade), int(count)) for grade, count in (pair.split(":") for pair in factor.grades.split())]
+    runs = factor.runs()
     bits = torch.tensor([grade for grade, count in runs for _ in range(count)], dtype=torch.int64)
     widths = (factor.entries * bits + 7) // 8
     table = torch.stack([widths.cumsum(0) - widths, bits]).int().to(factor.codes.device)

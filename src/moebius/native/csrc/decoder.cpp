@@ -7,6 +7,7 @@
 
 #include "dense.h"
 #include "linear_portable.h"
+#include "numbers.h"
 #include "threads.h"
 
 namespace moebius {
@@ -155,7 +156,7 @@ void add_attention(const Attention& a, float epsilon, const float* inputs, float
 void activate(const float* gates, const float* ups, int stride, int count, int units, float* out, const Level& level,
               int threads) {
   const DenseLevel& dense = dense_of(level);
-  const int parts = (units + kUnitsPerTask - 1) / kUnitsPerTask;
+  const int parts = tasks_of(units, kUnitsPerTask);
   for_each(count * parts, threads, [&](int task) {
     const int row = task / parts, first = task % parts * kUnitsPerTask;
     const int64_t from = int64_t{row} * stride + first;
@@ -249,7 +250,7 @@ void Matrix::apply(const float* inputs, float* outputs, int count, const Level& 
     packed->apply(inputs, outputs, count, false, level, threads);
   } else {
     const DenseLevel& dense = dense_of(level);
-    for_each((rows + kDenseRowsPerTask - 1) / kDenseRowsPerTask, threads, [&](int task) {
+    for_each(tasks_of(rows, kDenseRowsPerTask), threads, [&](int task) {
       const int first = task * kDenseRowsPerTask, end = std::min(rows, first + kDenseRowsPerTask);
       for (int row = first; row < end; ++row)
         for (int i = 0; i < count; ++i) {
@@ -268,7 +269,7 @@ void Matrix::apply(const float* inputs, float* outputs, int count, const Level& 
 void normalize(const float* inputs, const float* weight, float epsilon, int count, int width, float* outputs,
                const Level& level, int threads) {
   const DenseLevel& dense = dense_of(level);
-  for_each((count + kVectorsPerTask - 1) / kVectorsPerTask, threads, [&](int task) {
+  for_each(tasks_of(count, kVectorsPerTask), threads, [&](int task) {
     for (int i = task * kVectorsPerTask; i < std::min(count, (task + 1) * kVectorsPerTask); ++i) {
       const float* from = inputs + static_cast<size_t>(i) * width;
       const float mean = dense.dot_floats(from, from, width) / static_cast<float>(width);
@@ -280,7 +281,7 @@ void normalize(const float* inputs, const float* weight, float epsilon, int coun
 void place_heads(float* values, const Heads& h, int texts, int tokens, const CachePart& part, bool bf16, int first,
                  const Level& level, int threads) {
   const int count = texts * tokens;
-  for_each((count + kVectorsPerTask - 1) / kVectorsPerTask, threads, [&](int task) {
+  for_each(tasks_of(count, kVectorsPerTask), threads, [&](int task) {
     for (int i = task * kVectorsPerTask; i < std::min(count, (task + 1) * kVectorsPerTask); ++i) {
       const int token = i % tokens;
       float* const mine = values + static_cast<size_t>(i) * h.heads * h.width;
@@ -328,7 +329,7 @@ void Experts::add_slots(const float* shared, const int64_t* matrices, const int6
 
   // Every thread has columns of its own: tokens meet their experts in the same order for any number of threads.
   const int columns = slots < kFewSlots ? width : kColumnsPerTask;
-  for_each((width + columns - 1) / columns, threads, [&](int task) {
+  for_each(tasks_of(width, columns), threads, [&](int task) {
     const int from = task * columns, several = std::min(columns, width - from);
     for (int i = 0; i < slots; ++i)
       dense_of(level).add_floats(second + static_cast<size_t>(i) * width + from, factors[i], several,

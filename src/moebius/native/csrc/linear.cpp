@@ -76,15 +76,8 @@ std::vector<Vector>& kept(int count) {
 }  // namespace
 
 PackedLinear::PackedLinear(int rows, int columns, int bits, int group_size, const uint8_t* codes, const uint16_t* scales)
-    : all_{codes,
-           codes + (static_cast<size_t>(columns) * bits + 7) / 8 * rows,
-           (static_cast<size_t>(columns) * bits + 7) / 8,
-           rows,
-           columns,
-           bits,
-           scales,
-           (columns + group_size - 1) / group_size,
-           group_size / kBlock} {}
+    : all_{codes,  codes + bytes_of(columns, bits) * rows,  bytes_of(columns, bits), rows, columns, bits,
+           scales, (columns + group_size - 1) / group_size, group_size / kBlock} {}
 
 LinearRows PackedLinear::part(int first, int count) const {
   LinearRows rows = all_;
@@ -101,7 +94,7 @@ void PackedLinear::apply(const void* inputs, void* outputs, int count, bool bf16
     vectors[i].round(inputs, static_cast<size_t>(i) * all_.columns, all_.columns, bf16, all_.bits, level);
   });
   const LinearLevel& linear = linear_of(level);
-  for_each((all_.rows + kRowsPerTask - 1) / kRowsPerTask, threads, [&](int task) {
+  for_each(tasks_of(all_.rows, kRowsPerTask), threads, [&](int task) {
     const int first = task * kRowsPerTask;
     const LinearRows rows = part(first, std::min(kRowsPerTask, all_.rows - first));
     std::array<int64_t, kRowsPerTask> totals;
@@ -126,7 +119,7 @@ void PackedLinear::apply(const void* inputs, void* outputs, int count, bool bf16
 
 void PackedLinear::unpack(int first, int count, void* out, bool bf16, const Level& level, int threads) const {
   const LinearLevel& linear = linear_of(level);
-  for_each((count + kRowsPerTask - 1) / kRowsPerTask, threads, [&](int task) {
+  for_each(tasks_of(count, kRowsPerTask), threads, [&](int task) {
     const int begin = task * kRowsPerTask;
     const LinearRows rows = part(first + begin, std::min(kRowsPerTask, count - begin));
     for (int r = 0; r < rows.rows; ++r) {

@@ -4,6 +4,7 @@
 #include <array>
 
 #include "buffers.h"
+#include "numbers.h"
 #include "threads.h"
 
 namespace moebius {
@@ -11,8 +12,6 @@ namespace {
 
 constexpr int kSlotsPerTile = 128;    // that a tile is unpacked for: their sums stay in the cache
 constexpr int kSlotsPerRounding = 8;  // of one task
-
-int blocks_of(int count, int size) { return (count + size - 1) / size; }
 
 // Inputs of all slots in integers: block after block of kTileInputs, slot after slot in it, so that what meets a tile is dense.
 struct Rounded {
@@ -40,7 +39,7 @@ std::vector<Batch> batches_of(const std::vector<TileSlot>& slots) {
 
 void round_slot(const TileSource& source, const TileSlot& slot, const Rounded& all, int i, const Level& level) {
   const TileSource::Shape shape = source.tile_shape(slot.matrix);
-  const int blocks = blocks_of(shape.inputs, kTileInputs);
+  const int blocks = tasks_of(shape.inputs, kTileInputs);
   auto& floats = kept<float>(blocks * kTileInputs);
   source.scale_inputs(slot.matrix, slot.input, level, floats.data());
   std::fill_n(floats.begin() + shape.inputs, blocks * kTileInputs - shape.inputs, 0.0f);
@@ -89,15 +88,15 @@ void multiply_tiles(const TileSource& source, const std::vector<TileSlot>& slots
   const std::vector<Batch> batches = batches_of(slots);
   int widest = 0;
   for (const Batch& batch : batches) widest = std::max(widest, source.tile_shape(slots[batch.begin].matrix).inputs);
-  const int blocks = blocks_of(widest, kTileInputs);
+  const int blocks = tasks_of(widest, kTileInputs);
   const size_t steps = static_cast<size_t>(count) * blocks;
   auto& floats = kept<float, 1>(2 * steps);
   const Rounded rounded{kept<int8_t>(steps * kTileInputs).data(), floats.data(), floats.data() + steps, count};
-  for_each(blocks_of(count, kSlotsPerRounding), threads, [&](int task) {
+  for_each(tasks_of(count, kSlotsPerRounding), threads, [&](int task) {
     const int begin = task * kSlotsPerRounding, end = std::min(count, begin + kSlotsPerRounding);
     for (int i = begin; i < end; ++i) round_slot(source, slots[i], rounded, i, level);
   });
-  const int panels = blocks_of(rows, kTileOutputs);
+  const int panels = tasks_of(rows, kTileOutputs);
   for_each(static_cast<int>(batches.size()) * panels, threads, [&](int task) {
     multiply_panel(source, slots, batches[task / panels], rounded, task % panels * kTileOutputs, rows, level);
   });
