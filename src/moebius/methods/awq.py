@@ -17,9 +17,9 @@ from moebius.correct.gain import row_gain
 from moebius.formats.base import Packed, empty_like_spec
 from moebius.formats.integers import Integers
 from moebius.formats.projection import PackedProjection
-from moebius.linalg.hessian import conditioned, layer_mean
+from moebius.linalg.hessian import layer_mean
 from moebius.linalg.products import quadratic_forms
-from moebius.methods.base import Method, in_chunks
+from moebius.methods.base import Method, conditioned_moments, in_chunks
 from moebius.methods.options import CONDITIONING, INTEGER_GROUP_SIZE
 from moebius.options import MethodOptions, Option
 from moebius.quantize.integers import round_to_nearest, whole_rows
@@ -38,7 +38,7 @@ def quantize(weight: Tensor, stats: ProjectionStats | None, recipe: Recipe, proj
 
     def round_some(chunk: slice) -> Packed:
         some = weight[chunk].float()
-        moments = conditioned(stats.second_moment[chunk], shrinkage=recipe.shrinkage, damping=recipe.damping, layer=layer)
+        moments = conditioned_moments(stats, chunk, recipe, layer)
         shape = int(recipe.bits), whole_rows(recipe.group_size, inputs)
         # The inverse of the scales is what is stored: the search runs on scales as they will be.
         inverse = _stored(_scales(some, moments, *shape))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moebius.formats.base import Packed, concatenate
 from moebius.formats.projection import PackedProjection
+from moebius.linalg.hessian import conditioned
 from moebius.options import MethodOptions
 from moebius.recipe import Recipe
 from moebius.types import CalibrationNeeds, ProjectionStats
@@ -79,6 +80,11 @@ def in_chunks(experts: int, inputs: int, quantize: Callable[[slice], Packed]) ->
         quantize: called with slices that cover the experts in order.
     """
     return concatenate([quantize(chunk) for chunk in chunks(experts, inputs)])
+
+
+def conditioned_moments(stats: ProjectionStats, chunk: slice, recipe: Recipe, layer: Tensor | None) -> Tensor:
+    """Hessians of some experts, shrunk towards ``layer``, the mean of all, and damped as the recipe has it. (some, in, in)"""
+    return conditioned(stats.second_moment[chunk], shrinkage=recipe.shrinkage, damping=recipe.damping, layer=layer)
 
 
 def chunks(experts: int, inputs: int) -> list[slice]:

@@ -20,8 +20,8 @@ from moebius.errors import RecipeError
 from moebius.formats.base import empty_like_spec
 from moebius.formats.projection import PackedProjection
 from moebius.formats.spectral import MAX_BITS, Spectral
-from moebius.linalg.hessian import conditioned, layer_mean
-from moebius.methods.base import Method, chunks
+from moebius.linalg.hessian import layer_mean
+from moebius.methods.base import Method, chunks, conditioned_moments
 from moebius.methods.options import CONDITIONING, GROUP_SIZE, RANK, SHARED_BITS
 from moebius.options import MethodOptions, Option
 from moebius.quantize.integers import whole_rows
@@ -126,7 +126,7 @@ def _energies(factors: Tensor, basis: JointBasis, stats: ProjectionStats, recipe
     """What each direction of each expert puts into the layer's outputs, summed over tokens. float64 (experts, directions)"""
     layer, energies = layer_mean(stats.second_moment), []
     for chunk in chunks(len(factors), stats.second_moment.shape[2]):
-        moments = _moments(stats, layer, chunk, recipe).double()
+        moments = conditioned_moments(stats, chunk, recipe, layer).double()
         some = factors[chunk].double()
         if basis.side == "input":
             shared = basis.shared.double()
@@ -140,15 +140,11 @@ def _gains(factors: Tensor, values: Tensor, basis: JointBasis, stats: Projection
     """See :func:`moebius.correct.gain.row_gain`, in the coordinates of the factors. (experts, rows)"""
     layer, gains = layer_mean(stats.second_moment), []
     for chunk in chunks(len(factors), stats.second_moment.shape[2]):
-        moments = _moments(stats, layer, chunk, recipe)
+        moments = conditioned_moments(stats, chunk, recipe, layer)
         if basis.side == "input":
             moments = basis.shared @ moments @ basis.shared.mT
         gains.append(row_gain(factors[chunk], values[chunk], moments))
     return torch.cat(gains)
-
-
-def _moments(stats: ProjectionStats, layer: Tensor, chunk: slice, recipe: Recipe) -> Tensor:
-    return conditioned(stats.second_moment[chunk], shrinkage=recipe.shrinkage, damping=recipe.damping, layer=layer)
 
 
 ALLOCATION = Option("allocation", "lagrangian", "solver that spreads bits over directions", ("lagrangian", "ilp"))

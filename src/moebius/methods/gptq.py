@@ -7,8 +7,8 @@ from torch import Tensor
 from moebius.correct.gain import row_gain
 from moebius.formats.base import Packed
 from moebius.formats.projection import PackedProjection
-from moebius.linalg.hessian import conditioned, feedback_factor, layer_mean
-from moebius.methods.base import Method, in_chunks
+from moebius.linalg.hessian import feedback_factor, layer_mean
+from moebius.methods.base import Method, conditioned_moments, in_chunks
 from moebius.methods.options import BLOCK_SIZE, CONDITIONING, INTEGER_GROUP_SIZE
 from moebius.methods.rtn import plan
 from moebius.options import MethodOptions, Option
@@ -25,7 +25,7 @@ def quantize(weight: Tensor, stats: ProjectionStats | None, recipe: Recipe, proj
 
     def round_some(chunk: slice) -> Packed:
         some = weight[chunk].float()
-        hessians = conditioned(stats.second_moment[chunk], shrinkage=recipe.shrinkage, damping=recipe.damping, layer=layer)
+        hessians = conditioned_moments(stats, chunk, recipe, layer)
         codes = _rounded(some, hessians, recipe)
         if recipe.gain:
             codes = codes.scaled(row_gain(some, codes.matrix(), hessians))

@@ -22,8 +22,8 @@ from moebius.formats.base import Packed, empty_like_spec
 from moebius.formats.codebook import Codebook
 from moebius.formats.dense import Dense
 from moebius.formats.projection import PackedProjection
-from moebius.linalg.hessian import conditioned, feedback_factor, layer_mean
-from moebius.methods.base import Method, chunks, in_chunks
+from moebius.linalg.hessian import feedback_factor, layer_mean
+from moebius.methods.base import Method, chunks, conditioned_moments, in_chunks
 from moebius.methods.options import CONDITIONING, ERROR_FEEDBACK, off
 from moebius.options import MethodOptions, Option
 from moebius.quantize.codebook import code_bits, quantize_vectors
@@ -102,7 +102,7 @@ def _rank(inputs: int, recipe: Recipe) -> int:
 
 def _hessians(stats: ProjectionStats | None, layer: Tensor | None, chunk: slice, recipe: Recipe) -> Tensor:
     assert stats is not None
-    return conditioned(stats.second_moment[chunk], shrinkage=recipe.shrinkage, damping=recipe.damping, layer=layer)
+    return conditioned_moments(stats, chunk, recipe, layer)
 
 
 def _corrections(

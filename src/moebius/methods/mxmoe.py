@@ -25,9 +25,9 @@ from moebius.formats.base import empty_like_spec
 from moebius.formats.bits import packed_width
 from moebius.formats.projection import PackedProjection
 from moebius.formats.spectral import MAX_BITS, Spectral
-from moebius.linalg.hessian import conditioned, feedback_factor, layer_mean
+from moebius.linalg.hessian import feedback_factor, layer_mean
 from moebius.linalg.products import quadratic_forms
-from moebius.methods.base import Method, Survey, chunks
+from moebius.methods.base import Method, Survey, chunks, conditioned_moments
 from moebius.methods.options import BLOCK_SIZE, CONDITIONING, GROUP_SIZE
 from moebius.options import MethodOptions
 from moebius.quantize.integers import whole_rows
@@ -45,7 +45,7 @@ def survey(weight: Tensor, stats: ProjectionStats, recipe: Recipe, projection: s
     blocks, layer, costs = _blocks(outputs, projection), layer_mean(stats.second_moment), []
     felt = _gradients(stats, experts, blocks)
     for chunk in chunks(experts, inputs):
-        some, moments = weight[chunk].float(), _moments(stats, layer, chunk, recipe)
+        some, moments = weight[chunk].float(), conditioned_moments(stats, chunk, recipe, layer)
         group_size = whole_rows(recipe.group_size, inputs)
         lost = [quadratic_forms(some - round_directions(some, bits, group_size).values, moments) for bits in _WIDTHS]
         of_block = torch.stack(lost, 2).double().unflatten(1, (blocks, -1)).sum(2)  # (chunk, blocks, widths)
@@ -90,7 +90,7 @@ def quantize(
     empty, layer = _skeleton((experts, outputs, inputs), recipe), layer_mean(stats.second_moment)
     codes, scales = torch.empty_like(weight, dtype=torch.uint8), torch.empty(*widths.shape, empty.groups, device=weight.device)
     for chunk in chunks(experts, inputs):
-        some, moments = weight[chunk].float(), _moments(stats, layer, chunk, recipe)
+        some, moments = weight[chunk].float(), conditioned_moments(stats, chunk, recipe, layer)
         rounded = round_rows_with_feedback(some, feedback_factor(moments), widths[chunk], empty.group_size, recipe.block_size)
         codes[chunk], scales[chunk] = rounded.codes, rounded.scales
         if recipe.gain:
@@ -130,10 +130,6 @@ def _blocks(outputs: int, projection: str) -> int:
 def _skeleton(shape: tuple[int, int, int], recipe: Recipe) -> Spectral:
     """The format without tensors: rows are the directions."""
     return Spectral(*shape, False, whole_rows(recipe.group_size, shape[2]))
-
-
-def _moments(stats: ProjectionStats, layer: Tensor, chunk: slice, recipe: Recipe) -> Tensor:
-    return conditioned(stats.second_moment[chunk], shrinkage=recipe.shrinkage, damping=recipe.damping, layer=layer)
 
 
 def _gradients(stats: ProjectionStats, experts: int, blocks: int) -> Tensor:

@@ -15,8 +15,8 @@ from moebius.correct.gain import row_gain
 from moebius.formats.base import Packed, empty_like_spec
 from moebius.formats.codebook import Codebook
 from moebius.formats.projection import PackedProjection
-from moebius.linalg.hessian import conditioned, layer_mean
-from moebius.methods.base import Method, in_chunks
+from moebius.linalg.hessian import layer_mean
+from moebius.methods.base import Method, conditioned_moments, in_chunks
 from moebius.methods.kbvq import ITERATIONS, VECTOR_LENGTH
 from moebius.methods.options import CONDITIONING
 from moebius.options import MethodOptions
@@ -35,7 +35,7 @@ def quantize(weight: Tensor, stats: ProjectionStats | None, recipe: Recipe, proj
 
     def encode(chunk: slice) -> Packed:
         some = weight[chunk].float()
-        moments = conditioned(stats.second_moment[chunk], shrinkage=recipe.shrinkage, damping=recipe.damping, layer=layer)
+        moments = conditioned_moments(stats, chunk, recipe, layer)
         columns = some.norm(dim=1).clamp_min(_TINY).half().float()
         rows = (some / columns.unsqueeze(1)).norm(dim=2).clamp_min(_TINY).half().float()
         normalized = some / columns.unsqueeze(1) / rows.unsqueeze(2)

@@ -8,8 +8,8 @@ from moebius.correct.gain import row_gain
 from moebius.formats.base import Packed, empty_like_spec
 from moebius.formats.integers import Integers
 from moebius.formats.projection import PackedProjection
-from moebius.linalg.hessian import conditioned, layer_mean
-from moebius.methods.base import Method, in_chunks
+from moebius.linalg.hessian import layer_mean
+from moebius.methods.base import Method, conditioned_moments, in_chunks
 from moebius.methods.options import CONDITIONING, INTEGER_GROUP_SIZE
 from moebius.options import MethodOptions
 from moebius.quantize.integers import round_to_nearest, whole_rows
@@ -27,7 +27,7 @@ def quantize(weight: Tensor, stats: ProjectionStats | None, recipe: Recipe, proj
         codes = round_to_nearest(some, int(recipe.bits), whole_rows(recipe.group_size, inputs))
         if recipe.gain:
             assert stats is not None
-            moments = conditioned(stats.second_moment[chunk], shrinkage=recipe.shrinkage, damping=recipe.damping, layer=layer)
+            moments = conditioned_moments(stats, chunk, recipe, layer)
             codes = codes.scaled(row_gain(some, codes.matrix(), moments))
         return codes.pack()
 
