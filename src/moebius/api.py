@@ -88,7 +88,7 @@ def quantize(
         window_length: tokens per window.
         seed: which windows are drawn.
         bos: whether windows begin with the begin-of-text token; ``"auto"``: where the tokenizer adds it.
-        device: where the linear algebra of each layer runs, as torch calls it.
+        device: where each layer is run and quantized, as torch calls it.
         progress: told about stages and steps.
         options: of the method (``moebius methods NAME``), such as ``gain=True``, and of every method, such as ``rest="int8"``.
 

@@ -200,3 +200,8 @@ def _from_int4(packed: Tensor, scales: Tensor, shape: tuple[int, ...], dtype: to
     """Eight codes to a word, the lowest bits first, 8 above what they stand for."""
     codes = ((packed.unsqueeze(-1) >> torch.arange(0, 32, 4)) & 15).flatten(1)[:, : shape[1]] - 8
     return (codes.float() * scales.float().repeat_interleave(shape[1] // scales.shape[1], 1)).to(dtype)
+
+
+def same_contents(one: SourceTensor, other: SourceTensor) -> bool:
+    """Whether two tensors of a source are the same, byte for byte."""
+    return (one.shape, one.dtype) == (other.shape, other.dtype) and one.sha256() == other.sha256()

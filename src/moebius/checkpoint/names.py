@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moebius.checkpoint.dequantized import same_contents
 from moebius.checkpoint.reader import SourceCheckpoint
 from moebius.errors import CheckpointError, UnsupportedModelError
 from moebius.private_transformers import (
@@ -99,8 +100,7 @@ def tied_copies(checkpoint: SourceCheckpoint, model: PreTrainedModel) -> set[str
         first, second = stored.get(original), stored.get(copy)
         if first is None or second is None or first == second:
             continue
-        a, b = checkpoint.tensors[first], checkpoint.tensors[second]
-        if (a.shape, a.dtype) == (b.shape, b.dtype) and a.sha256() == b.sha256():
+        if same_contents(checkpoint.tensors[second], checkpoint.tensors[first]):
             found.add(second)
     return found
 

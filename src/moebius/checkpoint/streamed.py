@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moebius.checkpoint.dequantized import SourceTensor, same_contents
 from moebius.checkpoint.names import Conversion, conversions
 from moebius.checkpoint.reader import SourceCheckpoint
 from moebius.checkpoint.shards import DTYPES, StoredTensor
@@ -141,14 +142,14 @@ class StreamedWeights:
         for names in groups.values():
             stored = [name for name in names if name in self._of]
             for name in stored[1:]:
-                if not self._is_copy(name, stored[0]):
+                if not same_contents(self._tensor(name), self._tensor(stored[0])):
                     untie(self._model, name)
             stored_as.update({name: stored[0] for name in names if stored and name not in stored})
         return stored_as
 
-    def _is_copy(self, first: str, second: str) -> bool:
-        a, b = (self._checkpoint.tensors[self._of[name].sources[0][0]] for name in (first, second))
-        return (a.shape, a.dtype) == (b.shape, b.dtype) and a.sha256() == b.sha256()
+    def _tensor(self, name: str) -> SourceTensor:
+        """The first tensor that a parameter is made of."""
+        return self._checkpoint.tensors[self._of[name].sources[0][0]]
 
     @torch.no_grad()
     def _make_what_is_not_stored(self) -> None:

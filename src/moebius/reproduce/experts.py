@@ -79,14 +79,11 @@ def measure_expert_cka(shop: Shop) -> dict[str, dict[str, Any]]:
                     if name == "down" and when not in maps:
                         maps[when] = alike.tolist()
             shop.progress.advance(layer.name)
-        return {when: {"mean": sum(v) / len(v), "map": maps[when]} for when, v in means.items()}
+        return _summed_up(means, maps)
 
     shop.progress.stage("similarity of experts", min(_LAYERS, len(describe(shop.original()).moe_layers)))
     found = shop.work.figures("experts", measured)
-    return {
-        row.label: {"values": {"cka": found[row.label]["mean"]}, "series": {"map": found[row.label]["map"]}}
-        for row in shop.table.rows
-    }
+    return _of_rows(shop, "cka", found)
 
 
 def measure_output_similarity(shop: Shop) -> dict[str, dict[str, Any]]:
@@ -103,11 +100,21 @@ def measure_output_similarity(shop: Shop) -> dict[str, dict[str, Any]]:
                 alike = output_similarity(some, moment)
                 means[when].append(_off_diagonal(alike.abs()))
                 maps.setdefault(when, alike.abs().tolist())
-        return {when: {"mean": sum(v) / len(v), "map": maps[when]} for when, v in means.items()}
+        return _summed_up(means, maps)
 
     found = shop.work.figures("outputs", measured)
+    return _of_rows(shop, "similarity", found)
+
+
+def _summed_up(means: dict[str, list[float]], maps: dict[str, list[list[float]]]) -> dict[str, Any]:
+    """By label of a row, the mean over everything that was looked at, and one map."""
+    return {label: {"mean": sum(values) / len(values), "map": maps[label]} for label, values in means.items()}
+
+
+def _of_rows(shop: Shop, value: str, found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What :func:`_summed_up` found, as the rows of the table have it."""
     return {
-        row.label: {"values": {"similarity": found[row.label]["mean"]}, "series": {"map": found[row.label]["map"]}}
+        row.label: {"values": {value: found[row.label]["mean"]}, "series": {"map": found[row.label]["map"]}}
         for row in shop.table.rows
     }
 
