@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from moebius.errors import CheckpointError
-from moebius.json_file import field, read_object
+from moebius.json_file import field, read_config, read_object
 
 BROKEN: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "not a JSON object"),
@@ -48,3 +48,15 @@ def test_good(tmp_path: Path) -> None:
     for name, kind, got in (("a", list, "an object"), ("c", dict, "nothing"), ("emoji", int, "a text")):
         with pytest.raises(CheckpointError, match=f"x: {name} is {got}, wanted"):
             field(content, name, kind, "x")
+
+
+@pytest.mark.parametrize(
+    "config", ['{"num_hidden_layers": 10001}', '{"a": {"b": {"n_layer": 1000000}}}', '{"v": {"depth": 20000}}']
+)
+def test_more_layers_than_can_be_built(config: str, tmp_path: Path) -> None:
+    """Wherever in the config it says so."""
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(CheckpointError, match="wanted 10000 at most"):
+        read_config(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text('{"num_hidden_layers": 10000, "a": {"layers": "10001", "width": 99999}}')
+    assert read_config(tmp_path / "config.json")["num_hidden_layers"] == 10000

@@ -46,10 +46,13 @@ def read_config(path: Path) -> dict[str, Any]:
         CheckpointError: as :func:`read_object`, or more layers than any model has.
     """
     config = read_object(path)
-    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    for name, value in ((name, value) for part in parts for name, value in part.items() if "layer" in name.lower()):
-        if isinstance(value, int) and value > MOST_LAYERS:
-            raise CheckpointError(f"{path}: {name} is {str(value)[:40]}, wanted {MOST_LAYERS} at most; fetch it again")
+    parts = [config]
+    for part in parts:  # grows by what is found in it
+        for name, value in part.items():
+            if isinstance(value, dict):
+                parts.append(value)
+            elif isinstance(value, int) and value > MOST_LAYERS and ("layer" in name.lower() or name.endswith("depth")):
+                raise CheckpointError(f"{path}: {name} is {str(value)[:40]}, wanted {MOST_LAYERS} at most; fetch it again")
     return config
 
 

@@ -18,8 +18,6 @@ from moebius.private_transformers import loading_report
 from moebius.source import path_or_hub_name
 from moebius.types import MoeLayer, MoeModel
 
-_MOST_LAYERS = 10_000
-
 
 def load_moe_model(source: str | Path, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu") -> MoeModel:
     """Load a checkpoint in evaluation mode and find its experts. A dense model is refused before its weights are read.
@@ -192,7 +190,6 @@ def _read_config(source: str | Path) -> Any:
         content = read_config(file)
         if not content.get("model_type"):
             raise CheckpointError(f"{file}: no model_type in it; is it the config of a transformers checkpoint?")
-        _check_depth(content, file)
     try:
         return AutoConfig.from_pretrained(str(path))
     except OSError as error:
@@ -201,12 +198,3 @@ def _read_config(source: str | Path) -> Any:
         ) from error
     except Exception as error:  # an unknown model_type is a ValueError, a field of the wrong type one of huggingface_hub's own
         raise UnsupportedModelError(f"{source}: transformers cannot read its config: {first_line(error)}") from error
-
-
-def _check_depth(config: dict[str, Any], file: Path) -> None:
-    """Refuse a config with so many layers that building the model, even without weights, would not end."""
-    for name, value in config.items():
-        if isinstance(value, dict):
-            _check_depth(value, file)
-        elif name.endswith(("layers", "depth", "n_layer")) and isinstance(value, int) and value > _MOST_LAYERS:
-            raise CheckpointError(f"{file}: {name} is {str(value)[:20]}, wanted at most {_MOST_LAYERS}; is the file damaged?")
