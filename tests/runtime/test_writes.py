@@ -111,8 +111,10 @@ def test_experts_of_signs_and_their_biases(backend: str, name: str, kinds: tuple
 
 
 @torch.no_grad()
-def test_biases_that_are_packed(backend: str) -> None:
-    module = describe(tiny_model("olmoe")).moe_layers[0].experts
+@pytest.mark.parametrize("name", ["olmoe", "gpt_oss"])
+def test_biases_that_are_packed(backend: str, name: str) -> None:
+    """Alone, and beside biases of the module's own, of which a kernel holds the sum."""
+    module = describe(tiny_model(name)).moe_layers[0].experts
     layout = layout_of(module)
     assert layout is not None
     generator = torch.Generator().manual_seed(0)

@@ -84,7 +84,10 @@ class ReadyExperts:
         self.modules = [(holder, name, holder[name]) for holder, name in parents]
         # The module itself holds the biases that are its own.
         parts = [part for _, _, part in self.modules if isinstance(part, nn.Module)]
-        self.copied = *self.run.copied, *(t for p in packed_projections(module) if p.bias for t in p.bias.tensors().values())
+        biases = [(p.bias, own) for p, own in zip(packed_projections(module), _own_biases(module), strict=True) if p.bias]
+        # What the kernel holds is their sum, see `_bias`.
+        summed = [tensor for bias, own in biases for tensor in (*bias.tensors().values(), own) if tensor is not None]
+        self.copied = *self.run.copied, *summed
         self.buffers = Watched([module, *parts], self.copied)
 
     def holds(self) -> bool:
